@@ -1,0 +1,133 @@
+"""The pipeline: trace → fold → rules → strategies → price → solve → plan → check → rewrite → run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autotp.mesh import parse_mesh
+from autotp.plan import Plan
+from autotp.planning import Request, adopt, make_plan
+from autotp.price.cluster import Cluster, load_cluster
+from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values
+from autotp.rewrite import rewrite
+from autotp.runtime.agreement import agree, share, together
+from autotp.runtime.module import ParallelModule
+from autotp.runtime.random import seed_module
+from autotp.trace import trace
+
+Mesh = int | Sequence[int] | Mapping[str, int] | DeviceMesh
+DEFAULT_CLUSTER = "dgx-h100"
+
+
+def plan(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: Mesh,
+    cluster: str | Path | Cluster | None = None,
+    mode: str = "train",
+    memory: float | None = None,
+    pins: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    outputs: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Decide how to split `model` over `mesh`, and say what that costs. Needs no GPU, no process group and no real weights.
+
+    Inputs and outputs of the parallel module are GLOBAL: every rank passes what one device would get, and receives what one
+    device would give. A tensor named in `inputs` or `outputs` is LOCAL instead: each rank passes or receives its own part, split
+    as declared. Example inputs (`args`, `kwargs`) are always global.
+
+    Args:
+        model: any module; its parameters may be fake or on `meta`.
+        args, kwargs: example inputs of one step; prices are for their sizes. By default the model's `dummy_inputs`.
+        mesh: `8`, `(2, 4)`, `{"dp": 2, "tp": 4}` or a `DeviceMesh`.
+        cluster: a name that `autotp clusters` lists, a YAML file, or a `Cluster`; by default `dgx-h100`.
+        mode: "train" (forward, backward, Adam update) or "inference" (forward alone).
+        memory: peak bytes allowed per device; no limit by default.
+        pins: module-path pattern → strategy, e.g. `{"*.q_proj": "column", "lm_head": "replicate"}`.
+        inputs, outputs: tensor name → layout, e.g. `{"input_ids": {"dp": 0}}` for a batch split over axis `dp`,
+            `{"logits": {"tp": 2}}`; `"partial"` in place of a dim leaves an output unsummed. DTensor placements, one per mesh
+            axis, are understood too.
+
+    Raises:
+        AutotpError: the model cannot be traced, or a request cannot be met; the message says what to do.
+    """
+    program = trace(model, args, kwargs, dynamic=False)
+    request = Request(parse_mesh(mesh), mode, memory, pins, inputs, outputs)
+    return make_plan(program, request, _cluster(cluster, torch.device("cuda")), type(model).__name__)
+
+
+def parallelize(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: Mesh | None = None,
+    plan: Plan | str | Path | None = None,
+    cluster: str | Path | Cluster | None = None,
+    mode: str = "train",
+    memory: float | None = None,
+    pins: Mapping[str, str] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    outputs: Mapping[str, Any] | None = None,
+) -> ParallelModule:
+    """The same model, running in parallel on all ranks of `mesh`. Every rank calls this with the same model and arguments.
+
+    Inputs and outputs of the result are GLOBAL: every rank passes what one device would get, and receives what one device would
+    give. A tensor named in `inputs` or `outputs` is LOCAL instead: each rank passes or receives its own part, split as declared.
+    Example inputs (`args`, `kwargs`) are always global.
+
+    Rank 0 plans; the others take its plan, and all compare its hash before they communicate.
+
+    Args:
+        model: a module with real weights, equal on all ranks; it is left as it was.
+        mesh: as for `plan`; by default all ranks of the (torchrun) process group on one axis.
+        plan: a `Plan`, or a file that one was saved to; by default a new one.
+        cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
+        args, kwargs, mode, memory, pins, inputs, outputs: as for `plan`.
+
+    Returns:
+        A trainable module with the names and parameters of `model`, the parameters as DTensors.
+
+    Raises:
+        AutotpError: on every rank alike, so that none is left waiting.
+    """
+    check_ranks()
+    given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan))
+    device_mesh = device_mesh_of(mesh or (given.mesh if given else None))
+    device = torch.device(device_mesh.device_type)
+    request = Request(parse_mesh(device_mesh), given.mode if given else mode, memory, pins, inputs, outputs)
+    program = together(lambda: trace(model, args, kwargs))
+    name = type(model).__name__
+    decided = given or share(attempt(lambda: make_plan(program, request, _cluster(cluster, device), name)) if is_first() else None)
+    space, decisions = together(lambda: adopt(program, request, decided))
+    agree(decided.hash, "the plan")
+    coordinate = tuple(device_mesh.get_coordinate() or ())
+    sharded = rewrite(space, decisions, coordinate, gradient=request.mode == "train", device=device)
+    seed_module(sharded.graph, share(int(torch.randint(2**62, ()))))
+    return together(
+        lambda: ParallelModule(
+            sharded,
+            device_mesh,
+            state_values(model, program),
+            program.aliases,
+            program.persistent,
+            device,
+            signature=inspect.signature(model.forward),
+            trained_mode=mode_of_graph(model, program),
+        )
+    )
+
+
+def _cluster(cluster: str | Path | Cluster | None, device: torch.device) -> Cluster:
+    if isinstance(cluster, Cluster):
+        return cluster
+    return load_cluster(cluster or ("cpu" if device.type == "cpu" else DEFAULT_CLUSTER))

@@ -1,0 +1,378 @@
+"""The command line: `autotp plan`, `autotp verify` and `autotp clusters`.
+
+The result goes to stdout and nothing else does; progress and errors go to stderr. Options are checked before PyTorch is
+imported, which takes seconds. Exit codes: 0 done, 1 a check failed (or a bug in autotp), 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autotp.errors import AutotpError
+
+if TYPE_CHECKING:
+    from autotp.plan import Plan
+    from autotp.price.cluster import Cluster
+    from autotp.verify import VerifyReport
+
+DEFAULT_CLUSTER = "dgx-h100"
+DEFAULT_MESH = "8"
+FORMATS = ("table", "yaml", "json")
+UNITS = {"": 1, "b": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for unit, base in (("b", 1000), ("ib", 1024), ("", 1000))
+}
+MODEL = "hf:ID, a Hugging Face config.json or its directory, file.py:callable, or package.module:callable."
+
+app = typer.Typer(
+    name="autotp",
+    help="Plan how to run an ordinary PyTorch model on many devices, and check that it still computes the same.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit; `arguments` are those of the process by default."""
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # typer's errors: unknown options, missing arguments
+        if isinstance(error, AutotpError) or usage:
+            sentence, code = str(usage() if usage else error), 2
+        else:
+            if os.environ.get("AUTOTP_DEBUG") == "1":
+                raise
+            words = " ".join(str(error).split())
+            sentence, code = (
+                (
+                    f"this is a bug in autotp: {type(error).__name__}{f' ({words[:200]})' if words else ''}; please report it with "
+                    "your command and what it prints when run again with AUTOTP_DEBUG=1"
+                ),
+                1,
+            )
+        print(f"autotp: error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Plan how to run an ordinary PyTorch model on many devices, and check that it still computes the same."""
+    if version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        try:
+            number = installed("autotp")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        typer.echo(f"autotp {number}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
+    cluster: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Cluster to price for (default dgx-h100).")] = None,
+    mesh: Annotated[str | None, typer.Option(metavar="MESH", help="Devices: 8, 2x4 or dp=2,tp=4 (default 8).")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences per step (default 1).")] = None,
+    seq: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens per sequence (default the model's maximum, at most 4096).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bf16, fp16, fp32 or fp64 (default the model's).")] = None,
+    mode: Annotated[
+        str, typer.Option(metavar="train|inference", help="With backward and update, or forward alone.")
+    ] = "train",
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Peak memory allowed per device, e.g. 80GB (default no limit).")
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=WORD", help="Fix a choice, e.g. '*.q_proj=column'; may be repeated."),
+    ] = None,
+    format: Annotated[str, typer.Option(metavar="|".join(FORMATS), help="What to print.")] = "table",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write to this file instead of to the screen.")
+    ] = None,
+) -> None:
+    """Decide how to split MODEL over a mesh of devices, and say what that costs. Needs no GPU and no weights."""
+    from autotp.loading import check_options, dtype_name
+    from autotp.price.cluster import load_cluster
+
+    check_options(batch=batch, seq=seq, mode=mode)
+    if dtype is not None:
+        dtype_name(dtype)
+    if format not in FORMATS:
+        raise AutotpError(f"unknown format {format!r}; choose {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    limit = None if memory is None else parse_size(memory)
+    pins = parse_pins(pin or [])
+    if output is not None:
+        check_writable(output)
+    priced = load_cluster(DEFAULT_CLUSTER if cluster is None else cluster)
+    axes = _axes(DEFAULT_MESH if mesh is None else mesh, priced)
+    with progress() as step, calm_collector():
+        step("loading PyTorch")
+        from autotp.models import load_model
+        from autotp.planning import Request, make_plan
+        from autotp.trace import trace
+
+        step(f"building {model}")
+        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, mode=mode, fake=True)
+        step(f"tracing {loaded.name}")
+        program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
+        step(f"planning {loaded.name} on {' × '.join(f'{name}={size}' for name, size in axes.items())}")
+        found = make_plan(program, Request(axes, mode, limit, pins), priced, loaded.name)
+    found = replace(
+        found,
+        batch=found.batch if loaded.batch is None else loaded.batch,
+        sequence=loaded.seq,
+        notes=(*loaded.notes, *found.notes),
+    )
+    defaults = [f"--cluster {DEFAULT_CLUSTER}"] * (cluster is None) + [f"--mesh {DEFAULT_MESH}"] * (mesh is None)
+    text = plan_text(found, format, defaults, to_screen=output is None)
+    if output is None:
+        typer.echo(text)
+    else:
+        from autotp.plan import write_whole
+
+        write_whole(output, text + "\n")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
+    ranks: Annotated[int | None, typer.Option(metavar="N", help="Ranks to simulate (default 2).")] = None,
+    mesh: Annotated[str | None, typer.Option(metavar="MESH", help="Their mesh: 4, 2x2 or dp=2,tp=2.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences per step (default 2).")] = None,
+    seq: Annotated[int | None, typer.Option(metavar="N", help="Tokens per sequence (default 16).")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random plans and gradients.")] = 0,
+    plans: Annotated[int, typer.Option(metavar="K", help="Random legal plans to try.")] = 3,
+) -> None:
+    """Shrink MODEL, then compare the eager model with its trace, and one device with simulated ranks."""
+    from autotp.loading import check_options
+
+    check_options(batch=batch, seq=seq, mode="train")
+    if ranks is not None and ranks < 1:
+        raise AutotpError(f"--ranks is {ranks}, but must be at least 1")
+    if plans < 0:
+        raise AutotpError(f"--plans is {plans}, but must be at least 0")
+    axes = _axes(mesh if mesh is not None else str(ranks or 2))
+    if ranks is not None and prod(axes.values()) != ranks:
+        raise AutotpError(
+            f"the mesh {mesh} has {prod(axes.values())} places, but --ranks is {ranks}: the two must be equal"
+        )
+    with progress() as step:
+        step("loading PyTorch")
+        from autotp.verify import verify as run
+
+        step(f"verifying {model}")
+        report = run(model, axes=axes, batch=batch, seq=seq, seed=seed, plans=plans)
+    typer.echo(verify_text(report))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clusters() -> None:
+    """List the clusters that --cluster takes."""
+    from rich import box
+    from rich.table import Table
+
+    from autotp.price.cluster import cluster_names, load_cluster
+    from autotp.report import to_text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
+    for title in ("name", "accelerator", "per node", "links, innermost first", "peak bf16", "memory"):
+        table.add_column(title, justify="right" if title in ("per node", "peak bf16", "memory") else "left")
+    for name in cluster_names():
+        cluster = load_cluster(name)
+        peak = cluster.accelerator.peak_flops.get("bf16")
+        links = [
+            f"{link.tier} {link.bandwidth / 1e9:.4g} GB/s" + (f" (up to {link.devices})" if link.devices else "")
+            for link in cluster.links
+        ]
+        table.add_row(
+            name + (" (default)" if name == DEFAULT_CLUSTER else ""),
+            cluster.accelerator.name,
+            str(cluster.devices_per_node),
+            ", ".join(links),
+            "–" if peak is None else f"{peak / 1e12:.4g} TFLOP/s",
+            f"{cluster.accelerator.memory_bytes / 1e9:.4g} GB",
+        )
+    width, color = _screen()
+    typer.echo(to_text(table, width, color), color=color)
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> float:
+    """Bytes of `80GB`, `80GiB`, `512MB`, `1.5g` or a plain number of bytes; without `i` the units are decimal.
+
+    Raises:
+        AutotpError: it is none of these, or not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+        raise AutotpError(f"the memory size {text!r} is not understood: write such as 80GB, 80GiB, 512MB, or bytes")
+    count: float = float(found[1]) * UNITS[found[2]]
+    return count
+
+
+def parse_pins(pins: Sequence[str]) -> dict[str, str]:
+    """`{"*.q_proj": "column"}` for `*.q_proj=column`.
+
+    Raises:
+        AutotpError: there is no `=`, or a pattern is pinned twice to different words.
+    """
+    found: dict[str, str] = {}
+    for pin in pins:
+        pattern, equals, word = pin.rpartition("=")
+        if not equals or not pattern or not word:
+            raise AutotpError(f"the pin {pin!r} is not understood: write PATTERN=WORD, such as '*.q_proj=column'")
+        if found.setdefault(pattern.strip(), word.strip()) != word.strip():
+            raise AutotpError(f"{pattern!r} is pinned to both {found[pattern.strip()]!r} and {word!r}; keep one")
+    return found
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output file that cannot be written, before minutes are spent on its contents.
+
+    Raises:
+        AutotpError: it is a directory, or its directory is missing or not writable.
+    """
+    folder = path.parent
+    if path.is_dir():
+        reason = "it is a directory"
+    elif not folder.is_dir():
+        reason = f"there is no directory {folder}"
+    elif not os.access(folder, os.W_OK):
+        reason = f"the directory {folder} is not writable"
+    else:
+        return
+    raise AutotpError(f"cannot write {path}: {reason}; give another --output")
+
+
+def _axes(mesh: str, cluster: Cluster | None = None) -> dict[str, int]:
+    from autotp.mesh import parse_mesh
+
+    axes = parse_mesh(mesh)
+    if cluster is not None and cluster.max_devices is not None and prod(axes.values()) > cluster.max_devices:
+        raise AutotpError(
+            f"the mesh {mesh} needs {prod(axes.values())} devices, but {cluster.name} has {cluster.max_devices}; "
+            "take a smaller mesh or another cluster (`autotp clusters`)"
+        )
+    return axes
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def plan_text(plan: Plan, format: str, defaults: Sequence[str], to_screen: bool) -> str:
+    """A plan in one of the formats, without a newline at its end; `defaults` are the options that were not given."""
+    if format == "json":
+        import json
+
+        from autotp.report import to_json
+
+        return json.dumps(to_json(plan), indent=2)
+    if format == "yaml":
+        import yaml
+
+        return str(yaml.safe_dump(plan.to_dict(), sort_keys=False, width=140, allow_unicode=True)).rstrip("\n")
+    from autotp.report import render
+
+    width, color = _screen() if to_screen else (None, False)
+    text = render(plan, width and min(max(width, 100), 140), color)
+    return f"{text}\nby default: {' '.join(defaults)}" if defaults else text
+
+
+def verify_text(report: VerifyReport) -> str:
+    """The report as a table, failures in red."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from autotp.report import to_text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
+    for title in ("check", "worst error", "where", ""):
+        table.add_column(title, overflow="fold")
+    for check in report.checks:
+        passes = report.passes(check)
+        verdict = (
+            Text("–") if check.error is None else Text("equal", "green") if passes else Text("DIFFERS", "bold red")
+        )
+        error = "–" if check.error is None else f"{check.error:.1e}"
+        table.add_row(check.name, error, check.where, verdict, style="" if passes else "red")
+    mesh = " × ".join(f"{name}={size}" for name, size in report.mesh.items())
+    sizes = " × ".join(
+        f"{name} {size}" for name, size in (("batch", report.batch), ("sequence", report.sequence)) if size is not None
+    )
+    header = Text.assemble((report.model, "bold"), f" · shrunk to {report.parameters:,} parameters · mesh {mesh}")
+    header.append(f" · {sizes}" if sizes else "")
+    held = f"float64; tolerance {report.tolerance:.0e}"
+    if report.precision != "float64":
+        held = f"float64, but the model computes in {report.precision} in places; tolerance {report.tolerance:.0e}"
+    verdict = Text("all equal", "bold green") if report.passed else Text("NOT EQUAL", "bold red")
+    last = verdict.append(f" (worst error {report.worst:.1e}; {held})", "default")
+    notes = [Text.assemble(("note: ", "yellow"), note) for note in report.notes]
+    width, color = _screen()
+    return to_text(Group(header, table, last, *notes), width, color)
+
+
+def _screen() -> tuple[int, bool]:
+    """Columns of the terminal (140 without one), and whether stdout shows colours."""
+    from shutil import get_terminal_size
+
+    return get_terminal_size((140, 0)).columns, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A function that says on stderr what is being done, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda words: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield lambda words: status.update(f"{words} …")
+
+
+@contextmanager
+def calm_collector() -> Iterator[None]:
+    """No garbage collection: a plan keeps nearly all that it makes, and looking through it all takes a tenth of the time."""
+    import gc
+
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()

@@ -1,0 +1,95 @@
+"""A plan read back against a program: which strategy every node has, and by which moves every tensor is converted.
+
+Rewriting starts from here, whether the plan was made a moment ago or loaded from a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autotp.errors import AutotpError
+from autotp.layouts import Layout, Move
+from autotp.plan import Plan, code_of, layout_of
+from autotp.program import Program, Ref
+from autotp.strategies import Space, Strategy
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a plan says about a program.
+
+    Attributes:
+        chosen: representative node → its strategy.
+        paths: (representative tensor, layout wanted) → the moves from the layout that is made.
+        inputs: input node → declared layout; outputs: output position → declared layout (I where not mentioned).
+    """
+
+    chosen: dict[int, Strategy]
+    paths: dict[tuple[Ref, Layout], tuple[Move, ...]]
+    inputs: dict[int, Layout]
+    outputs: dict[int, Layout]
+
+
+def read_plan(space: Space, plan: Plan, inputs: dict[int, Layout], outputs: dict[int, Layout]) -> Decisions:
+    """Look every decision of `plan` up in `space`.
+
+    Raises:
+        AutotpError: the plan was made for another model or mesh, or names a strategy that this program does not have.
+    """
+    program = space.program
+    entries = {entry.node: entry for entry in plan.nodes}
+    chosen = {}
+    for index in space.folding.members:
+        node = program.nodes[index]
+        entry = entries.get(node.name)
+        if entry is None or entry.copies != len(space.folding.members[index]):
+            raise AutotpError(
+                f"the plan for {plan.model} does not fit this model: it says nothing about {node.name} ({node.op} in "
+                f"{node.path or 'the model itself'}); plan this model again"
+            )
+        chosen[index] = _strategy(space, index, entry.key, entry.operands, entry.outputs)
+    paths = {}
+    for conversion in plan.conversions:
+        ref = Ref(_node(program, conversion.node), conversion.output)
+        cuts = space.dim_cuts(ref)
+        stations = [layout_of(code, cuts) for code in conversion.layouts]
+        moves = []
+        for source, target in zip(stations, stations[1:], strict=False):
+            moves.append(Move(_moved_axis(source, target, conversion.node), source, target))
+        paths[ref, stations[-1]] = tuple(moves)
+    return Decisions(chosen, paths, inputs, outputs)
+
+
+def _moved_axis(source: Layout, target: Layout, name: str) -> int:
+    """The mesh axis on which two neighbouring layouts of a path differ."""
+    for axis, (before, after) in enumerate(zip(source.kinds, target.kinds, strict=True)):
+        if before != after:
+            return axis
+    for axis in range(len(source.kinds)):
+        one, other = source.split_of(axis), target.split_of(axis)
+        if one and other and (one.dim != other.dim or (one.cut != other.cut and one.axes == other.axes)):
+            return axis
+    raise AutotpError(f"the plan converts {name} from ({source}) to ({target}), which is no single move: plan this model again")
+
+
+def _node(program: Program, name: str) -> int:
+    node = program.by_name.get(name)
+    if node is None:
+        raise AutotpError(f"the plan converts a tensor of {name!r}, which this model does not have: plan this model again")
+    return node.index
+
+
+def _strategy(space: Space, index: int, key: tuple[str, ...], operands: tuple[str, ...], outputs: tuple[str, ...]) -> Strategy:
+    node = space.program.nodes[index]
+    for strategy in space.strategies[index]:
+        if strategy.key == key:
+            found = tuple(code_of(layout, space.dim_cuts(Ref(index, n))) for n, layout in enumerate(strategy.outputs))
+            wanted = tuple(
+                code_of(layout, space.dim_cuts(space.tensors[index, False, n][0])) for n, layout in enumerate(strategy.operands)
+            )
+            if (wanted, found) == (operands, outputs):
+                return strategy
+    raise AutotpError(
+        f"the plan runs {node.name} ({node.op} in {node.path or 'the model itself'}) as {key}, which this program does not offer: "
+        "plan this model again"
+    )

@@ -1,0 +1,257 @@
+"""From the solver's choice to the Plan: every decision by name, and its price recomputed on the unfolded graph."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autotp.formulate import Border, Formulation, border_tensors, home_of, state_bytes
+from autotp.layouts import COLLECTIVES, Layout, Move
+from autotp.plan import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time, code_of
+from autotp.price.compute import memory_seconds
+from autotp.price.conversion import ConversionPrices
+from autotp.price.memory import update_bytes
+from autotp.price.work import node_seconds
+from autotp.program import Program, Ref
+from autotp.solve import Solution
+from autotp.strategies import Space, Strategy
+from autotp.words import joined, module_strategies, words_of
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A tensor of the program (not only representatives) that is converted, and the moves that do it."""
+
+    ref: Ref
+    source: Layout
+    target: Layout
+    path: tuple[Move, ...]
+
+
+def fingerprint(program: Program) -> str:
+    """A hash of the program's structure without its sizes: the same model traced at another batch size has the same one."""
+    digest = hashlib.sha256()
+    for node in program.nodes:
+        wiring = [(ref.node, ref.output) for ref in node.inputs]
+        target = node.target if node.kind != "op" else node.op
+        types = [str(output.dtype) + str(len(output.shape)) for output in node.outputs]
+        digest.update(repr((node.kind, target, wiring, types)).encode())
+    return digest.hexdigest()[:16]
+
+
+def conversions(space: Space, chosen: Mapping[int, Strategy], border: Border, prices: ConversionPrices) -> list[Conversion]:
+    """Every conversion of the whole, unfolded program, in program order: one per tensor and layout wanted."""
+    program, stands_for = space.program, space.folding.representative
+    outgoing: dict[Ref, list[Layout]] = {}
+    real = [value for value in program.outputs if isinstance(value, Ref)] + [ref for _, ref in program.updates]
+    for ref, (_, layout) in zip(real, border_tensors(space, border), strict=True):
+        outgoing.setdefault(ref, []).append(layout)
+    found = []
+    for ref in sorted({*program.users, *outgoing}, key=lambda ref: (ref.node, ref.output)):
+        owner = stands_for[ref.node]
+        made = chosen[owner].outputs[ref.output]
+        wanted = dict.fromkeys(chosen[stands_for[user]].operands[place] for user, place in program.users.get(ref, ()))
+        wanted.update(dict.fromkeys(outgoing.get(ref, ())))
+        for layout in wanted:
+            if layout != made:
+                table = prices.table(program.type_of(ref), space.dim_cuts(Ref(owner, ref.output)))
+                found.append(Conversion(ref, made, layout, table.path(made, layout)))
+    return found
+
+
+def bucket_of(space: Space, conversion: Conversion) -> tuple[int, int, tuple[int, ...]] | None:
+    """The bucket whose gradient all-reduce this conversion shares: (repeat or -1, copy, axes); None if it has its own."""
+    if space.program.nodes[conversion.ref.node].kind != "parameter":
+        return None
+    if not all(move.kinds == ("I", "R") for move in conversion.path):
+        return None
+    home = home_of(space, conversion.ref)
+    copy = 0
+    if home >= 0:
+        repeat = space.folding.repeats[home]
+        copy = (space.program.users[conversion.ref][0][0] - repeat.start) // repeat.period
+    return home, copy, tuple(move.axis for move in conversion.path)
+
+
+def describe(
+    space: Space,
+    prices: ConversionPrices,
+    border: Border,
+    formulation: Formulation,
+    solution: Solution,
+    *,
+    model: str,
+    mode: str,
+    axes: Mapping[str, int],
+    declared: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """Name every decision and add up time, memory and collectives over the unfolded program."""
+    program, members = space.program, space.folding.members
+    chosen = {
+        node: space.strategies[node][strategy]
+        for node, strategy in zip(formulation.nodes, solution.chosen, strict=False)
+        if node is not None
+    }
+    found = conversions(space, chosen, border, prices)
+    compute, whole, replicated = _compute(space, prices, chosen)
+    counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
+    communication = 0.0
+    buckets: set[tuple[int, int, tuple[int, ...]]] = set()
+    folded: dict[tuple[int, int, Layout], list[Conversion]] = {}
+    seconds: Counter[tuple[int, int, Layout]] = Counter()
+    for conversion in found:
+        key = (space.folding.representative[conversion.ref.node], conversion.ref.output, conversion.target)
+        folded.setdefault(key, []).append(conversion)
+        bucket = bucket_of(space, conversion)
+        price = _price(prices, space, conversion)
+        if bucket is not None:
+            start = sum(prices.latency(axis) for axis in bucket[2])
+            price = max(price - start, 0.0)
+            communication += 0.0 if bucket in buckets else start
+        communication += price
+        seconds[key] += price
+        for move in conversion.path:
+            for way, traffic in zip(("forward", "backward"), prices.traffic(move, program.type_of(conversion.ref)), strict=True):
+                merged = bucket is not None and bucket in buckets
+                if traffic is not None and traffic.primitive in COLLECTIVES and not merged:
+                    counts[way]["all_reduce" if traffic.primitive == "all_reduce_max" else traffic.primitive] += 1
+        if bucket is not None:
+            buckets.add(bucket)
+    names = list(axes)
+    inputs = next(((n.outputs[0].hint) for n in program.nodes if n.kind == "input"), ())
+    ranks = 1
+    for size in space.mesh:
+        ranks *= size
+    return Plan(
+        model=model,
+        mode=mode,
+        mesh=dict(axes),
+        cluster=prices.cluster.name,
+        batch=inputs[0] if inputs else None,
+        sequence=inputs[1] if len(inputs) > 1 else None,
+        program=fingerprint(program),
+        nodes=tuple(_node_plan(space, prices, node, chosen[node]) for node in members),
+        conversions=tuple(
+            _conversion_plan(space, prices, key, group, names, seconds[key]) for key, group in sorted(folded.items(), key=_order)
+        ),
+        strategies=module_strategies(space, chosen),
+        collectives={way: dict(sorted(kinds.items())) for way, kinds in counts.items()},
+        time=Time(compute + communication, compute, communication),
+        memory=_memory(space, prices, formulation, solution),
+        solver=Solver(solution.solver, solution.status, solution.gap, solution.elapsed),
+        kpi={
+            "communication_to_computation": communication / compute if compute else 0.0,
+            "shard_efficiency": min(1.0, whole / (compute * ranks)) if compute else 1.0,
+        },
+        inputs=dict(declared[0]),
+        outputs=dict(declared[1]),
+        replicated=replicated,
+        notes=notes,
+    )
+
+
+def _order(item: tuple[tuple[int, int, Layout], list[Conversion]]) -> tuple[int, int, str]:
+    return item[0][0], item[0][1], str(item[0][2])
+
+
+def _price(prices: ConversionPrices, space: Space, conversion: Conversion) -> float:
+    owner = Ref(space.folding.representative[conversion.ref.node], conversion.ref.output)
+    table = prices.table(space.program.type_of(owner), space.dim_cuts(owner))
+    return table.seconds(conversion.source, conversion.target)
+
+
+def _compute(space: Space, prices: ConversionPrices, chosen: Mapping[int, Strategy]) -> tuple[float, float, dict[str, float]]:
+    """Seconds of all operators and the update on one rank; the same on a single device; and what has no rule, by operator."""
+    program = space.program
+    total = whole = 0.0
+    replicated: dict[str, float] = {}
+    memo: dict[int, tuple[float, float]] = {}
+    for node in program.nodes:
+        owner = space.folding.representative[node.index]
+        if owner not in memo:
+            first = space.strategies[owner][0]
+            memo[owner] = (_node_time(space, prices, owner, chosen[owner]), _node_time(space, prices, owner, first))
+        here, alone = memo[owner]
+        total += here
+        whole += alone
+        if node.kind == "op" and space.rules[owner] is None and node.outputs[0].requires_grad:
+            replicated[node.op] = replicated.get(node.op, 0.0) + here
+    return total, whole, replicated
+
+
+def _node_time(space: Space, prices: ConversionPrices, index: int, strategy: Strategy) -> float:
+    node = space.program.nodes[index]
+    if node.kind == "op":
+        return node_seconds(space.program, node, space.rules[index], strategy, prices).total
+    if node.kind == "parameter" and prices.train and node.outputs[0].requires_grad:
+        tensor = node.outputs[0]
+        elements = prices.local_bytes(tensor, strategy.outputs[0]) // tensor.dtype.itemsize
+        return memory_seconds(prices.cluster, update_bytes(elements, tensor.dtype.itemsize), kernels=0.0)
+    return 0.0
+
+
+def _node_plan(space: Space, prices: ConversionPrices, index: int, strategy: Strategy) -> NodePlan:
+    program = space.program
+    node, copies = program.nodes[index], len(space.folding.members[index])
+    rule = space.rules.get(index)
+    return NodePlan(
+        node=node.name,
+        op=node.op,
+        path=node.path if node.kind == "op" else str(node.target),
+        copies=copies,
+        key=strategy.key,
+        operands=tuple(
+            code_of(layout, space.dim_cuts(space.tensors[index, False, place][0])) for place, layout in enumerate(strategy.operands)
+        ),
+        outputs=tuple(code_of(layout, space.dim_cuts(Ref(index, place))) for place, layout in enumerate(strategy.outputs)),
+        shows=tuple(str(layout) for layout in strategy.outputs),
+        strategy=joined(words_of(program, node, rule, strategy)),
+        seconds=_node_time(space, prices, index, strategy) * copies,
+    )
+
+
+def _conversion_plan(
+    space: Space,
+    prices: ConversionPrices,
+    key: tuple[int, int, Layout],
+    group: list[Conversion],
+    names: list[str],
+    seconds: float,
+) -> ConversionPlan:
+    owner = Ref(key[0], key[1])
+    cuts, tensor = space.dim_cuts(owner), space.program.type_of(owner)
+    path = group[0].path
+    traffic = [prices.traffic(move, tensor) for move in path]
+    stations = [group[0].source, *(move.target for move in path)]
+
+    def words(place: int) -> tuple[str, ...]:
+        return tuple(f"{t[place].primitive} over {names[t[place].axis]}" if t[place] else "" for t in traffic)  # type: ignore[union-attr]
+
+    return ConversionPlan(
+        node=space.program.nodes[owner.node].name,
+        output=owner.output,
+        copies=len(group),
+        layouts=tuple(code_of(layout, cuts) for layout in stations),
+        shows=tuple(str(layout) for layout in stations),
+        forward=words(0),
+        backward=words(1),
+        bytes=tensor.bytes,
+        seconds=seconds,
+    )
+
+
+def _memory(space: Space, prices: ConversionPrices, formulation: Formulation, solution: Solution) -> MemoryUse:
+    """Peak bytes per device by part, from the same numbers as the memory limit."""
+    program, members, problem = space.program, space.folding.members, formulation.problem
+    parts = Counter({"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0})
+    for place, node in enumerate(formulation.nodes):
+        if node is not None and program.nodes[node].kind in ("parameter", "buffer", "constant"):
+            layout = space.strategies[node][solution.chosen[place]].outputs[0]
+            for part, size in state_bytes(prices, program.nodes[node], layout).items():
+                parts[part] += size * len(members[node])
+    transient = max((w[s] for w, s in zip(problem.memory.working, solution.chosen, strict=True)), default=0.0)
+    states = sum(parts.values())
+    return MemoryUse(parts["parameters"], parts["gradients"], parts["optimizer"], solution.bytes - states - transient, transient)

@@ -1,0 +1,161 @@
+"""The middle of the pipeline: from a traced program to a plan. Needs no GPU, no process group, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+from autotp.check import check
+from autotp.decisions import Decisions, read_plan
+from autotp.describe import describe, fingerprint
+from autotp.errors import AutotpError
+from autotp.fold import fold
+from autotp.formulate import Border, formulate
+from autotp.layouts import Layout
+from autotp.mesh import border_layouts, output_names
+from autotp.plan import Plan, code_of
+from autotp.price.cluster import Cluster
+from autotp.price.conversion import ConversionPrices
+from autotp.program import Program, Ref, Size, TensorType
+from autotp.solve import solve
+from autotp.strategies import Space, build_space
+from autotp.words import apply_pins
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of a plan, apart from the model: see `autotp.plan`."""
+
+    axes: Mapping[str, int]
+    mode: str = "train"
+    memory: float | None = None
+    pins: Mapping[str, str] | None = None
+    inputs: Mapping[str, Any] | None = None
+    outputs: Mapping[str, Any] | None = None
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """The sizes of the mesh axes."""
+        return tuple(self.axes.values())
+
+
+def prepare(program: Program, request: Request) -> tuple[Space, Border]:
+    """Fold the program, list every node's strategies, and read the declared border."""
+    inputs, outputs = border_layouts(program, request.axes, request.inputs, request.outputs)
+    declared: dict[Ref, Layout] = {Ref(node): layout for node, layout in inputs.items()}
+    declared |= {program.outputs[position]: layout for position, layout in outputs.items()}
+    space = build_space(program, fold(program), request.mesh, declared)
+    return space, Border(inputs, outputs)
+
+
+def make_plan(program: Program, request: Request, cluster: Cluster, model: str) -> Plan:
+    """Price every strategy, solve, name the result and check it.
+
+    Raises:
+        AutotpError: a pin, a border declaration or the memory limit cannot be kept.
+    """
+    if cluster.max_devices is not None and _ranks(request.mesh) > cluster.max_devices:
+        raise AutotpError(
+            f"the mesh {dict(request.axes)} needs {_ranks(request.mesh)} devices, but {cluster.name} has {cluster.max_devices}"
+        )
+    program = for_mode(program, request.mode)
+    space, border = prepare(program, request)
+    prices = ConversionPrices(cluster, request.mesh, request.mode == "train", traced_sizes(program))
+    formulation = formulate(space, prices, border, apply_pins(space, dict(request.pins or {})), request.memory)
+    solution = solve(formulation.problem)
+    names = output_names(program)
+    plan = describe(
+        space,
+        prices,
+        border,
+        formulation,
+        solution,
+        model=model,
+        mode=request.mode,
+        axes=request.axes,
+        declared=(
+            {str(program.nodes[n].target): code_of(layout, space.dim_cuts(Ref(n))) for n, layout in border.inputs.items()},
+            {names[p]: code_of(layout, space.dim_cuts(_owner(space, p))) for p, layout in border.outputs.items()},
+        ),
+        notes=program.notes,
+    )
+    check(program, space, plan)
+    return plan
+
+
+def adopt(program: Program, request: Request, plan: Plan) -> tuple[Space, Decisions]:
+    """Read a plan back against the program that will run it, and check it.
+
+    Raises:
+        AutotpError: the plan was made for another model, mode, mesh or border.
+    """
+    program = for_mode(program, plan.mode)
+    if dict(plan.mesh) != dict(request.axes):
+        raise AutotpError(f"the plan was made for the mesh {dict(plan.mesh)}, not {dict(request.axes)}: plan again, or use its mesh")
+    if plan.program != fingerprint(program):
+        raise AutotpError(f"the plan was made for another model ({plan.model}) or another form of its inputs: plan this model again")
+    request = replace(
+        request,
+        inputs=_declarations(plan.inputs, request.axes) if request.inputs is None else request.inputs,
+        outputs=_declarations(plan.outputs, request.axes) if request.outputs is None else request.outputs,
+    )
+    space, border = prepare(program, request)
+    decisions = read_plan(space, plan, dict(border.inputs), dict(border.outputs))
+    check(program, space, plan)
+    return space, decisions
+
+
+def _declarations(codes: Mapping[str, str], axes: Mapping[str, int]) -> dict[str, dict[str, int | str]]:
+    """Layout codes of the border as users declare them: axis → dim, or "partial"."""
+    found = {}
+    for name, code in codes.items():
+        words = dict(zip(axes, code.split("|"), strict=True))
+        found[name] = {
+            axis: "partial" if word == "P" else int(word[1:].partition("/")[0].partition(":")[0])
+            for axis, word in words.items()
+            if word != "I"
+        }
+    return found
+
+
+def traced_sizes(program: Program) -> dict[Size, int]:
+    """Every symbolic size at its value in the example inputs."""
+    found: dict[Size, int] = {}
+    for symbol, source in program.symbols.items():
+        found[symbol] = program.nodes[source.node].outputs[0].hint[source.dim]
+    return found
+
+
+def for_mode(program: Program, mode: str) -> Program:
+    """The program itself for training; for inference the same without any gradient, so that I and R become one.
+
+    Raises:
+        AutotpError: an unknown mode.
+    """
+    if mode == "train":
+        return program
+    if mode != "inference":
+        raise AutotpError(f"mode {mode!r} is neither 'train' nor 'inference'")
+    plain: dict[TensorType, TensorType] = {}
+
+    def strip(tensor: TensorType) -> TensorType:
+        if tensor not in plain:
+            plain[tensor] = replace(tensor, requires_grad=False)
+        return plain[tensor]
+
+    nodes = tuple(replace(node, outputs=tuple(strip(tensor) for tensor in node.outputs)) for node in program.nodes)
+    return replace(program, nodes=nodes)
+
+
+def _owner(space: Space, position: int) -> Ref:
+    ref = space.program.outputs[position]
+    return Ref(space.folding.representative[ref.node], ref.output)
+
+
+def _ranks(mesh: tuple[int, ...]) -> int:
+    total = 1
+    for size in mesh:
+        total *= size
+    return total

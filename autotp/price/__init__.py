@@ -1,0 +1,1 @@
+"""Seconds and bytes: what compute, communication and memory cost on a described cluster. Needs no torch."""

@@ -1,0 +1,161 @@
+"""What it costs to convert a tensor between layouts, and by which moves: shortest paths over single-axis moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy
+
+from autotp.layouts import (
+    COLLECTIVES,
+    Cut,
+    Layout,
+    Move,
+    all_layouts,
+    at_sizes,
+    local_shape,
+    moves_from,
+    same_pieces,
+    with_axis,
+)
+from autotp.price.cluster import Cluster
+from autotp.price.communication import Group, collective_seconds, latency_seconds
+from autotp.price.compute import memory_seconds
+from autotp.program import Size, TensorType
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One primitive that a move runs: its name, mesh axis, and the bytes that `collective_seconds` counts."""
+
+    primitive: str
+    axis: int
+    bytes: int
+
+
+def axis_group(mesh: Sequence[int], axis: int) -> Group:
+    """The ranks that differ along one mesh axis; the last axis is innermost (neighbouring devices)."""
+    stride = 1
+    for size in mesh[axis + 1 :]:
+        stride *= size
+    return Group(mesh[axis], stride)
+
+
+@dataclass
+class ConversionPrices:
+    """Prices of conversions on one mesh and cluster, computed once per kind of tensor.
+
+    `symbols` gives the traced value of every symbolic size. With `train`, moves also pay for the gradient's way back.
+    """
+
+    cluster: Cluster
+    mesh: tuple[int, ...]
+    train: bool
+    symbols: Mapping[Size, int]
+    _tables: dict[tuple[TensorType, tuple[tuple[Cut, ...], ...]], PathTable] = field(default_factory=dict)
+    _hints: dict[Layout, Layout] = field(default_factory=dict)
+
+    def table(self, tensor: TensorType, cuts: Sequence[tuple[Cut, ...]]) -> PathTable:
+        """Cheapest paths between all layouts of a tensor with these candidate cuts."""
+        key = (tensor, tuple(cuts))
+        if key not in self._tables:
+            self._tables[key] = PathTable(self, tensor, cuts)
+        return self._tables[key]
+
+    def hint(self, layout: Layout) -> Layout:
+        """The layout with every symbolic size replaced by its traced value."""
+        if layout not in self._hints:
+            self._hints[layout] = at_sizes(layout, self.symbols)
+        return self._hints[layout]
+
+    def local_bytes(self, tensor: TensorType, layout: Layout) -> int:
+        """Bytes that the first rank, which never has less than another, holds."""
+        total = tensor.dtype.itemsize
+        for size in local_shape(tensor.hint, self.hint(layout), self.mesh, (0,) * len(self.mesh)):
+            total *= size
+        return total
+
+    def traffic(self, move: Move, tensor: TensorType) -> tuple[Traffic | None, Traffic | None]:
+        """What the move does with the value and with the gradient; None where nothing happens."""
+        source, target = self.local_bytes(tensor, move.source), self.local_bytes(tensor, move.target)
+        size = max(source, target)
+        gradient = self.train and tensor.requires_grad
+        forward = Traffic(move.forward, move.axis, size) if move.forward != "none" else None
+        backward = Traffic(move.backward, move.axis, size) if gradient and move.backward != "none" else None
+        return forward, backward
+
+    def seconds(self, traffic: Traffic | None) -> float:
+        """Time of one primitive. Local ones (slice, pad, mask) read and write memory."""
+        if traffic is None:
+            return 0.0
+        if traffic.primitive in COLLECTIVES:
+            kind = "all_reduce" if traffic.primitive == "all_reduce_max" else traffic.primitive
+            return collective_seconds(self.cluster, kind, traffic.bytes, axis_group(self.mesh, traffic.axis))
+        return memory_seconds(self.cluster, traffic.bytes)
+
+    def move_seconds(self, move: Move, tensor: TensorType) -> float:
+        """Time of one move, forward and backward."""
+        forward, backward = self.traffic(move, tensor)
+        return self.seconds(forward) + self.seconds(backward)
+
+    def latency(self, axis: int) -> float:
+        """The fixed part of an all-reduce over one axis, which a bucket pays once."""
+        return latency_seconds(self.cluster, "all_reduce", axis_group(self.mesh, axis))
+
+
+class PathTable:
+    """Shortest conversion paths between the layouts of one tensor."""
+
+    def __init__(self, prices: ConversionPrices, tensor: TensorType, cuts: Sequence[tuple[Cut, ...]]) -> None:
+        gradient = prices.train and tensor.requires_grad
+        axes = len(prices.mesh)
+        self.layouts = all_layouts(cuts, axes, "IRPS" if gradient else "IPS")
+        if not tensor.requires_grad:
+            self.layouts += [layout for layout in all_layouts(cuts, axes, "IPSM") if "M" in layout.kinds]
+        self.number = {layout: number for number, layout in enumerate(self.layouts)}
+        count = len(self.layouts)
+        self.cost = numpy.full((count, count), numpy.inf)
+        numpy.fill_diagonal(self.cost, 0.0)
+        self._move: dict[tuple[int, int], Move] = {}
+        for start, layout in enumerate(self.layouts):
+            for move in [*moves_from(layout, cuts, gradient), *_maximum_moves(layout)]:
+                stop = self.number.get(move.target)
+                if stop is None:
+                    continue
+                seconds = prices.move_seconds(move, tensor)
+                if move.kinds == ("S", "S") and same_pieces(prices.hint(layout), prices.hint(move.target), prices.mesh):
+                    seconds = 0.0
+                self.cost[start, stop] = seconds
+                self._move[start, stop] = move
+        self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count)[None, :], -1)
+        for middle in range(count):
+            detour = self.cost[:, middle, None] + self.cost[None, middle, :]
+            better = detour < self.cost * (1 - 1e-12)
+            self.cost = numpy.where(better, detour, self.cost)
+            self._next = numpy.where(better, self._next[:, middle, None], self._next)
+
+    def seconds(self, source: Layout, target: Layout) -> float:
+        """Time of the cheapest path; infinite if there is none."""
+        return float(self.cost[self.number[source], self.number[target]])
+
+    def path(self, source: Layout, target: Layout) -> tuple[Move, ...]:
+        """The moves of the cheapest path."""
+        at, end = self.number[source], self.number[target]
+        moves = []
+        while at != end:
+            step = int(self._next[at, end])
+            moves.append(self._move[at, step])
+            at = step
+        return tuple(moves)
+
+
+def _maximum_moves(layout: Layout) -> list[Move]:
+    """A maximum is reduced to the full value; nothing else can be done with it."""
+    found = []
+    for axis, kind in enumerate(layout.kinds):
+        if kind == "M":
+            target = with_axis(layout, axis, "I")
+            assert target is not None
+            found.append(Move(axis, layout, target))
+    return found

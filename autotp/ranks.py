@@ -1,0 +1,99 @@
+"""What `parallelize` needs to know of the running ranks: their mesh, and the values of the model they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autotp import _torch
+from autotp.errors import AutotpError
+from autotp.mesh import parse_mesh
+from autotp.program import Program
+
+T = TypeVar("T")
+
+
+def check_ranks() -> None:
+    """Make sure that there are ranks to run on.
+
+    Raises:
+        AutotpError: there is no process group.
+    """
+    if not dist.is_initialized():
+        raise AutotpError(
+            "there is no process group: start the script with `torchrun --nproc-per-node N script.py` and call "
+            "torch.distributed.init_process_group() before autotp.parallelize()"
+        )
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which plans."""
+    return dist.get_rank() == 0
+
+
+def device_mesh_of(mesh: Any) -> DeviceMesh:
+    """The `DeviceMesh` for what the user gave; by default all ranks on one axis.
+
+    Raises:
+        AutotpError: the mesh does not have as many places as there are ranks.
+    """
+    if isinstance(mesh, DeviceMesh):
+        if mesh.get_coordinate() is None:
+            raise AutotpError(f"rank {dist.get_rank()} is no part of the given device mesh; call parallelize on its ranks only")
+        return mesh
+    world = dist.get_world_size()
+    axes = parse_mesh(world if mesh is None else mesh)
+    places = 1
+    for size in axes.values():
+        places *= size
+    if places != world:
+        raise AutotpError(f"the mesh {axes} has {places} places, but {world} ranks are running: the two must be equal")
+    device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+    return init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def attempt(step: Callable[[], T]) -> T | BaseException:
+    """The result, or the exception: something that can be shared with other ranks either way."""
+    try:
+        return step()
+    except Exception as error:
+        return error
+
+
+def state_values(model: nn.Module, program: Program) -> dict[str, Tensor]:
+    """The value of every parameter, buffer and constant of the program, by name.
+
+    Raises:
+        AutotpError: a value is fake or on `meta`: there is nothing to run with.
+    """
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {}
+    for node in program.nodes:
+        if node.kind == "constant":
+            values[node.target] = program.constants[node.target]
+        elif node.kind in ("parameter", "buffer"):
+            value = named[node.target].detach()
+            if value.device.type == "meta" or _torch.fake_mode_of([named[node.target]]) is not None:
+                raise AutotpError(f"{node.kind} {node.target!r} has no values (it is {value.device.type} or fake); load weights first")
+            values[node.target] = value
+    return values
+
+
+def mode_of_graph(model: nn.Module, program: Program) -> bool | None:
+    """The mode (`training`) in which alone the graph is right; None if a training graph has nothing random and updates nothing."""
+    random = any(
+        node.kind == "op" and isinstance(node.target, torch._ops.OpOverload) and _may_differ(node.target, node.args)
+        for node in program.nodes
+    )
+    return None if model.training and not random and not program.updates else model.training
+
+
+def _may_differ(target: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+    if target is torch.ops.aten.scaled_dot_product_attention.default:
+        return len(args) > 4 and bool(args[4])
+    return torch.Tag.nondeterministic_seeded in target.tags

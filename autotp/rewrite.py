@@ -1,0 +1,385 @@
+"""Rewrite a program into the graph that one rank runs: local operators, and conversions wherever layouts differ.
+
+Each distinct repeated block becomes one submodule, used by all its copies. Inside it, tensors are converted where they are
+made; parameters of the block are converted at its entrance, small gradients merged into one bucket. Conversions of what a block
+takes and gives stand in the root graph, between the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+
+from autotp.decisions import Decisions
+from autotp.layouts import Layout, Move, local_size, uniform
+from autotp.program import Node, Ref, map_refs
+from autotp.rules.language import Local, LocalSize, LocalStart, call_of
+from autotp.runtime.collectives import Bucket, Convert
+from autotp.runtime.random import RandomCall
+from autotp.sharded import BorderSpec, Sharded, StateSpec
+from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
+from autotp.strategies import Space
+
+Version = tuple[Ref, Layout]
+"""A tensor of the program in one of its layouts."""
+
+
+def rewrite(
+    space: Space, decisions: Decisions, coordinate: tuple[int, ...], *, gradient: bool, device: str | torch.device = "cpu"
+) -> Sharded:
+    """The program as the rank at `coordinate` runs it.
+
+    Args:
+        space, decisions: the program's rules and strategies, and what the plan chose.
+        coordinate: the rank's place on the mesh.
+        gradient: whether conversions carry gradients back (training).
+        device: where constructors such as `arange` make their tensors.
+    """
+    return _Rewriter(space, decisions, coordinate, gradient, torch.device(device)).rewrite()
+
+
+@dataclass
+class _Scope:
+    """One graph under construction: the root, or a block. `versions` are the tensors that exist in it, by layout."""
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    versions: dict[Version, fx.Node] = field(default_factory=dict)
+    sizes: dict[sympy.Basic, Any] = field(default_factory=dict)
+
+    def call(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """Add a submodule under a fresh name and call it."""
+        number = 1 + sum(key.rsplit("_", 1)[0] == name for key in self.modules)
+        self.modules[f"{name}_{number}"] = module
+        return self.graph.call_module(f"{name}_{number}", tuple(args), kwargs)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A rewritten block: what it takes and gives, as tensors of its first copy, and the sizes it needs."""
+
+    module: fx.GraphModule
+    takes: tuple[Version, ...]
+    gives: tuple[Version, ...]
+    symbols: tuple[sympy.Symbol, ...]
+
+
+class _Rewriter:
+    def __init__(
+        self, space: Space, decisions: Decisions, coordinate: tuple[int, ...], gradient: bool, device: torch.device
+    ) -> None:
+        self.space, self.program, self.folding = space, space.program, space.folding
+        self.decisions, self.coordinate, self.gradient, self.device = decisions, coordinate, gradient, device
+        self.mesh = space.mesh
+        self.whole = uniform("I", len(space.mesh))
+        self.copy_of: dict[int, tuple[int, int]] = {
+            node: (number, copy)
+            for number, repeat in enumerate(self.folding.repeats)
+            for copy in range(repeat.count)
+            for node in repeat.instance(copy)
+        }
+
+    # ---- what the plan says ----
+
+    def owner(self, ref: Ref) -> Ref:
+        """The representative of a tensor."""
+        return Ref(self.folding.representative[ref.node], ref.output)
+
+    def made(self, ref: Ref) -> Layout:
+        """The layout in which a tensor is made (or rests)."""
+        owner = self.owner(ref)
+        node = self.program.nodes[owner.node]
+        if node.kind == "input":
+            return self.decisions.inputs.get(owner.node, self.whole)
+        return self.decisions.chosen[owner.node].outputs[owner.output]
+
+    def wanted(self, node: Node) -> tuple[Version, ...]:
+        """What a node consumes."""
+        strategy = self.decisions.chosen[self.folding.representative[node.index]]
+        return tuple(zip(node.inputs, strategy.operands, strict=True))
+
+    def path(self, version: Version) -> tuple[Move, ...]:
+        """The moves that bring a tensor into a layout."""
+        ref, layout = version
+        return () if layout == self.made(ref) else self.decisions.paths[self.owner(ref), layout]
+
+    def belongs_to_block(self, ref: Ref) -> bool:
+        """Whether a parameter or buffer is used by one copy of a block only, and rests there."""
+        node = self.program.nodes[ref.node]
+        return node.kind in ("parameter", "buffer", "constant") and len(self.folding.members[self.owner(ref).node]) > 1
+
+    # ---- graphs ----
+
+    def rewrite(self) -> Sharded:
+        root = _Scope()
+        state = [node for node in self.program.nodes if node.kind in ("parameter", "buffer", "constant")]
+        inputs = [node for node in self.program.nodes if node.kind == "input"]
+        for node in (*state, *inputs):
+            ref = Ref(node.index)
+            root.versions[ref, self.made(ref)] = root.graph.placeholder(node.name.replace(".", "_"))
+        self._global_sizes(root)
+        self._state_conversions(root, self._uses_of_root(), (Ref(n.index) for n in state if not self.belongs_to_block(Ref(n.index))))
+        blocks = {number: self._block(number) for number in range(len(self.folding.repeats))}
+        for node in self.program.nodes:
+            if node.kind != "op":
+                continue
+            place = self.copy_of.get(node.index)
+            if place is None:
+                self._emit(root, node)
+            elif node.index == self.folding.repeats[place[0]].instance(place[1])[0]:
+                self._call_block(root, blocks[place[0]], *place)
+        outputs, constants = [], {}
+        for position, value in enumerate(self.program.outputs):
+            if isinstance(value, Ref):
+                layout = self.decisions.outputs.get(position, self.whole)
+                outputs.append(BorderSpec(f"output {position}", position, self.program.type_of(value), layout))
+            else:
+                constants[position] = value
+        results = [self._get(root, (self.program.outputs[spec.position], spec.layout)) for spec in outputs]
+        results += [self._get(root, (ref, self.whole)) for _, ref in self.program.updates]
+        root.graph.output(tuple(results))
+        leaves = [leaf for leaf in range(len(self.program.in_names)) if leaf not in self.program.in_constants]
+        return Sharded(
+            graph=_module(root),
+            state=tuple(self._state_spec(node) for node in state),
+            inputs=tuple(
+                BorderSpec(self.program.in_names[leaf], leaf, node.outputs[0], self.made(Ref(node.index)))
+                for leaf, node in zip(leaves, inputs, strict=True)
+            ),
+            outputs=tuple(outputs),
+            updates=tuple(name for name, _ in self.program.updates),
+            mesh=self.mesh,
+            coordinate=self.coordinate,
+            in_spec=self.program.in_spec,
+            out_spec=self.program.out_spec,
+            in_names=self.program.in_names,
+            in_constants=self.program.in_constants,
+            out_constants=constants,
+        )
+
+    def _state_spec(self, node: Node) -> StateSpec:
+        return StateSpec(str(node.target), node.kind, node.outputs[0], self.made(Ref(node.index)))  # type: ignore[arg-type]
+
+    def _global_sizes(self, root: _Scope) -> None:
+        """Read every symbolic size off an input. An input that the user passes split is taken to be split evenly."""
+        for symbol, source in self.program.symbols.items():
+            ref = Ref(source.node)
+            layout = self.made(ref)
+            size = root.graph.call_function(torch.ops.aten.sym_size.int, (root.versions[ref, layout], source.dim))
+            split = layout.split_at(source.dim)
+            for axis in split.axes if split else ():
+                size = root.graph.call_function(_times, (size, self.mesh[axis]))
+            root.sizes[symbol] = size
+
+    def _uses_of_root(self) -> set[Version]:
+        """Every version of a tensor that the root graph must have: wanted by its own nodes, by several blocks, or at the border."""
+        return {
+            version
+            for node in self.program.nodes
+            for version in self.wanted(node)
+            if node.index not in self.copy_of or not self.belongs_to_block(version[0])
+        }
+
+    def _state_conversions(self, scope: _Scope, wanted: set[Version], refs: Iterable[Ref]) -> None:
+        """Convert parameters at the entrance, those that only owe a gradient reduction together."""
+        merged: dict[tuple[Move, ...], list[Version]] = {}
+        for ref in refs:
+            for layout in dict.fromkeys(layout for other, layout in sorted(wanted, key=_order) if other == ref):
+                path = self.path((ref, layout))
+                if path and all(move.kinds == ("I", "R") for move in path):
+                    merged.setdefault(path, []).append((ref, layout))
+        for path, versions in merged.items():
+            if len(versions) > 1:
+                sources = [scope.versions[ref, self.made(ref)] for ref, _ in versions]
+                bucket = scope.call("bucket", Bucket(path, len(versions)), sources)
+                for place, version in enumerate(versions):
+                    scope.versions[version] = scope.graph.call_function(_item, (bucket, place))
+
+    def _get(self, scope: _Scope, version: Version) -> fx.Node:
+        """The node that holds a tensor in a layout, converted on first use."""
+        if version not in scope.versions:
+            ref, layout = version
+            path = self.path(version)
+            symbols = symbols_of([(move.source, move.target) for move in path])
+            carries = self.gradient and self.program.type_of(ref).requires_grad
+            module = Convert(path, self.mesh, self.coordinate, symbols, carries)
+            sizes = [size_node(scope.graph, symbol, scope.sizes) for symbol in symbols]
+            scope.versions[version] = scope.call(_name(path), module, [scope.versions[ref, self.made(ref)], *sizes])
+        return scope.versions[version]
+
+    def _emit(self, scope: _Scope, node: Node) -> None:
+        """One operator on local tensors."""
+        owner = self.folding.representative[node.index]
+        strategy, rule = self.decisions.chosen[owner], self.space.rules[owner]
+        wanted = iter([self._get(scope, version) for version in self.wanted(node)])
+
+        def leaf(value: Any) -> Any:
+            return next(wanted) if isinstance(value, Ref) else value
+
+        args, kwargs = map_refs((node.args, node.kwargs), leaf)
+        target = node.target
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self.device}
+        if rule is not None and rule.local is not None:
+            call = call_of(node, self.program.type_of)
+            operands = tuple(strategy.operands[place] if place is not None else None for place in call.positions)
+            target, args, kwargs = rule.local(Local(call, target, tuple(args), kwargs, operands, strategy.outputs))
+        args, kwargs = self._numbers(scope, tuple(args)), self._numbers(scope, kwargs)
+        if rule.random if rule is not None else _draws(target):
+            result = scope.call("random", RandomCall(target, self._shard(strategy.outputs[0])), args, kwargs)
+        else:
+            result = scope.graph.call_function(target, args, kwargs)
+        several = len(node.outputs) > 1 or _returns_list(node.target)
+        for place, layout in enumerate(strategy.outputs):
+            scope.versions[Ref(node.index, place), layout] = (
+                scope.graph.call_function(_item, (result, place)) if several else result
+            )
+
+    def _numbers(self, scope: _Scope, tree: Any) -> Any:
+        """Replace symbolic and local sizes in arguments by numbers, or by nodes that compute them."""
+        if isinstance(tree, (LocalSize, LocalStart)):
+            start = isinstance(tree, LocalStart)
+            symbols = symbols_of(tree.split)
+            if not symbols:
+                return (piece_start if start else local_size)(tree.split, self.mesh, self.coordinate)
+            key = sympy.Symbol(f"{tree}")
+            if key not in scope.sizes:
+                sizes = [size_node(scope.graph, symbol, scope.sizes) for symbol in symbols]
+                scope.sizes[key] = scope.call("piece", PieceSize(tree.split, self.mesh, self.coordinate, symbols, start), sizes)
+            return scope.sizes[key]
+        if isinstance(tree, sympy.Basic):
+            return size_node(scope.graph, tree, scope.sizes)
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self._numbers(scope, item) for item in tree)
+        if isinstance(tree, dict):
+            return {key: self._numbers(scope, item) for key, item in tree.items()}
+        return tree
+
+    def _shard(self, layout: Layout) -> int:
+        """The number of the piece of a tensor that this rank holds, equal where ranks hold the same piece."""
+        number = 0
+        for axis, kind in enumerate(layout.kinds):
+            number = number * self.mesh[axis] + (self.coordinate[axis] if kind == "S" else 0)
+        return number
+
+    # ---- blocks ----
+
+    def _block(self, number: int) -> _Block:
+        """Rewrite the first copy of a repeated block."""
+        repeat = self.folding.repeats[number]
+        inside = set(repeat.instance(0))
+        nodes = [self.program.nodes[index] for index in repeat.instance(0)]
+        wanted = [version for node in nodes for version in self.wanted(node)]
+        takes: dict[Version, None] = {}
+        for ref, layout in wanted:
+            if ref.node not in inside:
+                takes[(ref, self.made(ref)) if self.belongs_to_block(ref) else (ref, layout)] = None
+        symbols = tuple(
+            symbol
+            for symbol in sorted(self.program.symbols, key=str)
+            if any(symbol in _all_symbols(node, self) for node in nodes)
+        )
+        scope = _Scope()
+        for place, version in enumerate(takes):
+            node = self.program.nodes[version[0].node]
+            name = str(node.target).rsplit(".", 2)[-2:] if node.kind != "op" else [node.name]
+            scope.versions[version] = scope.graph.placeholder("_".join(name) + f"_{place}")
+        for symbol in symbols:
+            scope.sizes[symbol] = scope.graph.placeholder(f"size_{symbol}")
+        self._state_conversions(scope, set(wanted), dict.fromkeys(ref for ref, _ in takes if self.belongs_to_block(ref)))
+        for node in nodes:
+            self._emit(scope, node)
+        gives = self._given(number, scope)
+        scope.graph.output(tuple(scope.versions[version] for version in gives))
+        return _Block(_module(scope), tuple(takes), gives, symbols)
+
+    def _given(self, number: int, scope: _Scope) -> tuple[Version, ...]:
+        """What any copy's outside needs from the block: as made, or as converted inside anyway. Named after the first copy."""
+        repeat = self.folding.repeats[number]
+        outgoing = {v for v in self.program.outputs if isinstance(v, Ref)} | {ref for _, ref in self.program.updates}
+        found: dict[Version, None] = {}
+        for copy in range(repeat.count):
+            span = repeat.instance(copy)
+            for index in span:
+                for output in range(len(self.program.nodes[index].outputs)):
+                    ref = Ref(index, output)
+                    first = Ref(index - copy * repeat.period, output)
+                    layouts = [
+                        self.wanted(self.program.nodes[user])[place][1]
+                        for user, place in self.program.users.get(ref, ())
+                        if user not in span
+                    ]
+                    layouts += [self.whole] if ref in outgoing else []
+                    for layout in layouts:
+                        converted = (first, layout)
+                        found[converted if converted in scope.versions else (first, self.made(ref))] = None
+        return tuple(sorted(found, key=_order))
+
+    def _call_block(self, root: _Scope, block: _Block, number: int, copy: int) -> None:
+        """One copy: pass what its block takes, name what it gives."""
+        repeat = self.folding.repeats[number]
+        counterpart: dict[Ref, Ref] = {}
+        for first, here in zip(repeat.instance(0), repeat.instance(copy), strict=True):
+            counterpart.update(zip(self.program.nodes[first].inputs, self.program.nodes[here].inputs, strict=True))
+        args = [self._get(root, (counterpart[ref], layout)) for ref, layout in block.takes]
+        args += [root.sizes[symbol] for symbol in block.symbols]
+        name = f"block_{number + 1}"
+        root.modules[name] = block.module
+        result = root.graph.call_module(name, tuple(args))
+        for place, (ref, layout) in enumerate(block.gives):
+            here = Ref(ref.node + copy * repeat.period, ref.output)
+            root.versions[here, layout] = root.graph.call_function(_item, (result, place))
+
+
+def _item(values: Sequence[Any], place: int) -> Any:
+    return values[place]
+
+
+def _times(size: int, factor: int) -> int:
+    return size * factor
+
+
+def _order(version: Version) -> tuple[int, int, str]:
+    return version[0].node, version[0].output, str(version[1])
+
+
+def _name(path: tuple[Move, ...]) -> str:
+    """What a conversion is called in the graph: its first primitive that communicates in either direction."""
+    words = [word for move in path for word in (move.forward, move.backward)]
+    return next((word for word in words if word not in ("none", "slice", "pad", "mask")), "local")
+
+
+def _draws(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _returns_list(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and (len(schema.returns) > 1 or "[]" in str(schema.returns[0].type))
+
+
+def _all_symbols(node: Node, rewriter: _Rewriter) -> set[sympy.Symbol]:
+    """Every symbol that emitting a node may need: in its arguments, its tensors' sizes and their cuts."""
+    found: set[sympy.Symbol] = set()
+    tensors = [rewriter.program.type_of(ref) for ref in node.inputs] + list(node.outputs)
+    for tensor in tensors:
+        found.update(symbols_of(tensor.shape))
+    map_refs((node.args, node.kwargs), lambda leaf: found.update(symbols_of(leaf)) if isinstance(leaf, sympy.Basic) else None)
+    for version in rewriter.wanted(node):
+        for move in rewriter.path(version):
+            found.update(symbols_of([move.source, move.target]))
+    return found
+
+
+def _module(scope: _Scope) -> fx.GraphModule:
+    """Wrap a finished graph; dead operators are dropped (conversions stay: every rank must take part in them)."""
+    graph = scope.graph
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+    return fx.GraphModule(scope.modules, graph)

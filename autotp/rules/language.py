@@ -1,0 +1,401 @@
+"""The rule language: one line names the factors (loop indices) of an operator, einsum-style.
+
+    linear        "... i, o i, +o -> ... o"
+    layer_norm    "... d^, d^, d^ -> ... d^"
+    embedding     "v! e, ... -> ... e"
+
+    name      a factor: splitting it splits every dim that has it; operands without it are replicated, outputs without it partial
+    name^     a factor that is never split
+    name!     a factor that is split only through the rule's `local` function (a masked lookup, a sum over a global count)
+    +a b      a summand: where the output becomes partial, this operand must be partial too (a bias that is added once)
+    (a b)     a dim that merges factors, outermost first
+    ...       any number of leading dims, aligned from the right; a dim of size 1 that broadcasts lacks the factor
+    1         a dim without a factor
+
+A pattern is parsed once and bound to the shapes of each call; the result is a `Rule`, from which strategies are derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, Literal, NamedTuple
+
+import sympy
+import torch
+
+from autotp.errors import AutotpError
+from autotp.layouts import Layout, Split
+from autotp.program import Node, Ref, Size, TensorType
+
+
+class Part(NamedTuple):
+    """A dim that is the stretch [start, stop) of factor `name` (an output of `split`, an operand of `cat`)."""
+
+    name: str
+    start: Size
+    stop: Size
+
+
+Dim = tuple[str, ...] | Part
+"""What one dim is made of: the product of factors, outermost first (empty for size 1), or a part of one factor."""
+
+
+class Use(NamedTuple):
+    """One dim that has a factor: dim = `outer` × factor × `inner`, or the stretch `part` of the factor."""
+
+    output: bool
+    index: int  # type: ignore[assignment]
+    dim: int
+    outer: Size
+    inner: Size
+    part: tuple[Size, Size] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call as rules see it: arguments, and the types of tensor operands and outputs.
+
+    `operands` follow the operator's schema (an omitted optional tensor is None), lists flattened; `positions` gives each
+    one's place among the node's tensor inputs.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    operands: tuple[TensorType | None, ...]
+    positions: tuple[int | None, ...]
+    outputs: tuple[TensorType, ...]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument at `position`, or called `name`, or the default."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    @property
+    def tensors(self) -> tuple[TensorType, ...]:
+        """The operands that are present."""
+        return tuple(operand for operand in self.operands if operand is not None)
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a rule's `local` function sees when its node is emitted for one rank.
+
+    It returns (target, args, kwargs) of the local call. Sizes may be ints, expressions, or the two classes below, which the
+    rewriter turns into numbers for this rank.
+    """
+
+    call: Call
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    operands: tuple[Layout | None, ...]
+    outputs: tuple[Layout, ...]
+
+    def output_shape(self, index: int = 0) -> list[Any]:
+        """The local shape of an output."""
+        return local_sizes(self.call.outputs[index].shape, self.outputs[index])
+
+    def operand_split(self, index: int, dim: int) -> Split | None:
+        """How dim `dim` of operand `index` is split, or None."""
+        layout = self.operands[index]
+        return None if layout is None else layout.split_at(dim)
+
+
+class LocalSize(NamedTuple):
+    """The number of elements of a split dim that this rank holds."""
+
+    split: Split
+
+
+class LocalStart(NamedTuple):
+    """The global index of the first element of a split dim that this rank holds."""
+
+    split: Split
+
+
+def local_sizes(shape: tuple[Size, ...], layout: Layout) -> list[Any]:
+    """The local shape that `layout` gives a tensor of global `shape`, split dims as `LocalSize`."""
+    sizes: list[Any] = list(shape)
+    for split in layout.splits:
+        sizes[split.dim] = LocalSize(split)
+    return sizes
+
+
+Work = Literal["gemm", "attention", "memory", "none"]
+
+LocalCall = Callable[[Local], tuple[Any, tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A bound rule.
+
+    Attributes:
+        factors: factor → global size; factors of size 1 are left out.
+        operands, outputs: for every tensor input and output of the node, what each dim is made of.
+        whole: factors that are never split; special: factors split only through `local`.
+        summands: operands that must be partial where an output is.
+        linear: groups of operands in which the operator is jointly linear: such a group may be partial.
+        work: what the operator's time goes into: "gemm" (a matrix product over the factors), "attention", "memory" (reading the
+            operands and writing the outputs), or "none" (a view).
+        random: whether the operator draws random numbers.
+        reduction: the kind of an output whose factor is split away: "P" (a sum) or "M" (a maximum, without gradient).
+        local: how the node is called on one rank, if not simply with its local operands.
+    """
+
+    factors: dict[str, Size]
+    operands: tuple[tuple[Dim, ...], ...]
+    outputs: tuple[tuple[Dim, ...], ...]
+    whole: frozenset[str] = frozenset()
+    special: frozenset[str] = frozenset()
+    summands: frozenset[int] = frozenset()
+    linear: tuple[tuple[int, ...], ...] = ()
+    work: Work = "memory"
+    random: bool = False
+    reduction: str = "P"
+    local: LocalCall | None = None
+
+    @cached_property
+    def uses(self) -> dict[str, tuple[Use, ...]]:
+        """Factor → every operand and output dim that has it."""
+        found: dict[str, list[Use]] = {name: [] for name in self.factors}
+        for output, tensors in ((False, self.operands), (True, self.outputs)):
+            for index, dims in enumerate(tensors):
+                for dim, content in enumerate(dims):
+                    if isinstance(content, Part):
+                        found[content.name].append(Use(output, index, dim, 1, 1, (content.start, content.stop)))
+                        continue
+                    for place, name in enumerate(content):
+                        outer, inner = self._product(content[:place]), self._product(content[place + 1 :])
+                        found[name].append(Use(output, index, dim, outer, inner, None))
+        return {name: tuple(uses) for name, uses in found.items()}
+
+    def _product(self, names: tuple[str, ...]) -> Size:
+        result: Size = 1
+        for name in names:
+            result = result * self.factors[name]
+        return result
+
+    @cached_property
+    def splittable(self) -> tuple[str, ...]:
+        """The factors that may be split, in order of appearance."""
+        return tuple(name for name in self.factors if name not in self.whole)
+
+
+# ---- patterns -------------------------------------------------------------------------------------------------------
+
+ELLIPSIS = "..."
+
+
+class Term(NamedTuple):
+    """One operand or output of a pattern: dims as tuples of factor names, `...` as the string."""
+
+    dims: tuple[tuple[str, ...] | str, ...]
+    summand: bool
+
+
+class Pattern(NamedTuple):
+    """A parsed pattern."""
+
+    inputs: tuple[Term, ...]
+    outputs: tuple[Term, ...]
+    whole: frozenset[str]
+    special: frozenset[str]
+
+
+@cache
+def parse(text: str) -> Pattern:
+    """Parse a pattern such as `"... i, o i, +o -> ... o"`.
+
+    Raises:
+        AutotpError: the text is not a pattern; the message shows where.
+    """
+    if text.count("->") != 1:
+        raise AutotpError(f"the rule {text!r} needs exactly one '->' between its operands and its outputs")
+    whole: set[str] = set()
+    special: set[str] = set()
+
+    def name_of(token: str) -> str:
+        name = token.rstrip("^!")
+        if not name.isidentifier():
+            raise AutotpError(f"the rule {text!r} has {token!r} where a factor name such as 'd', 'd^' or 'd!' should stand")
+        if token.endswith("^"):
+            whole.add(name)
+        elif token.endswith("!"):
+            special.add(name)
+        return name
+
+    def term(part: str) -> Term:
+        part = part.strip()
+        summand = part.startswith("+")
+        dims: list[tuple[str, ...] | str] = []
+        group: list[str] | None = None
+        for token in part.lstrip("+").replace("(", " ( ").replace(")", " ) ").split():
+            if token == "(" and group is None:
+                group = []
+            elif token == ")" and group is not None:
+                dims.append(tuple(group))
+                group = None
+            elif token == ELLIPSIS and group is None:
+                dims.append(ELLIPSIS)
+            elif token == "1" and group is None:
+                dims.append(())
+            elif group is not None:
+                group.append(name_of(token))
+            else:
+                dims.append((name_of(token),))
+        if group is not None:
+            raise AutotpError(f"the rule {text!r} opens a '(' that it never closes")
+        return Term(tuple(dims), summand)
+
+    left, right = text.split("->")
+    return Pattern(
+        tuple(term(part) for part in left.split(",")),
+        tuple(term(part) for part in right.split(",")),
+        frozenset(whole),
+        frozenset(special),
+    )
+
+
+@dataclass
+class _Binding:
+    """Factor names of every dim, and sizes found so far, while a pattern is bound to shapes."""
+
+    text: str
+    sizes: dict[str, Size] = field(default_factory=dict)
+
+    def named_dims(self, term: Term, shape: tuple[Size, ...]) -> list[tuple[str, ...]]:
+        """Expand `...` and line the term's dims up with `shape`."""
+        dims: list[tuple[str, ...]] = []
+        extra = len(shape) - len(term.dims) + 1
+        if (ELLIPSIS in term.dims and extra < 0) or (ELLIPSIS not in term.dims and len(term.dims) != len(shape)):
+            raise AutotpError(f"the rule {self.text!r} does not fit a tensor of shape {tuple(shape)}")
+        for dim in term.dims:
+            if isinstance(dim, str):
+                dims.extend((f"dim{-place}",) for place in range(extra, 0, -1))
+            else:
+                dims.append(dim)
+        for names, size in zip(dims, shape, strict=True):
+            if len(names) == 1 and (names[0] not in self.sizes or self.sizes[names[0]] == 1):
+                self.sizes[names[0]] = size
+        return dims
+
+    def infer(self, names: tuple[str, ...], size: Size) -> None:
+        """Find the one unknown factor of a merged dim by division."""
+        unknown = [name for name in names if name not in self.sizes]
+        if len(unknown) == 1:
+            rest: Size = 1
+            for name in names:
+                rest = rest * self.sizes.get(name, 1)
+            self.sizes[unknown[0]] = exact_quotient(size, rest) or 0
+
+    def content(self, names: tuple[str, ...], size: Size) -> tuple[str, ...]:
+        """What a dim is made of: nothing where it broadcasts, and factors of size 1 left out."""
+        if size == 1:
+            return ()
+        product: Size = 1
+        for name in names:
+            product = product * self.sizes.get(name, 0)
+        if product != size:
+            raise AutotpError(f"the rule {self.text!r} expects a dim of size {product}, but the operand has {size}")
+        return tuple(name for name in names if self.sizes[name] != 1)
+
+
+def bind(
+    text: str,
+    call: Call,
+    *,
+    linear: tuple[tuple[int, ...], ...] = (),
+    work: Work = "memory",
+    random: bool = False,
+    reduction: str = "P",
+    local: LocalCall | None = None,
+) -> Rule:
+    """Bind a pattern to a call's shapes. `linear` and summands count the pattern's operands; absent ones are skipped.
+
+    Raises:
+        AutotpError: the pattern does not fit the shapes.
+    """
+    pattern = parse(text)
+    if len(pattern.inputs) < len(call.operands) or len(pattern.outputs) < len(call.outputs):
+        raise AutotpError(
+            f"the rule {text!r} has {len(pattern.inputs)} operands and {len(pattern.outputs)} outputs, but {call.op} was "
+            f"called with {len(call.operands)} and {len(call.outputs)}"
+        )
+    binding = _Binding(text)
+    present = [(term, operand) for term, operand in zip(pattern.inputs, call.operands) if operand is not None]
+    tensors = [*present, *zip(pattern.outputs, call.outputs)]
+    named = [binding.named_dims(term, tensor.shape) for term, tensor in tensors]
+    for dims, (_, tensor) in zip(named, tensors, strict=True):
+        for names, size in zip(dims, tensor.shape, strict=True):
+            if len(names) > 1:
+                binding.infer(names, size)
+    contents = [
+        tuple(binding.content(names, size) for names, size in zip(dims, tensor.shape, strict=True))
+        for dims, (_, tensor) in zip(named, tensors, strict=True)
+    ]
+    kept = {name: size for name, size in binding.sizes.items() if size != 1}
+    order = [position for position in call.positions if position is not None]
+    operands: list[tuple[Dim, ...]] = [()] * len(order)
+    for content, position in zip(contents, order):
+        operands[position] = content
+    summands = {p for term, p in zip(pattern.inputs, call.positions) if term.summand and p is not None}
+    groups = []
+    for group in linear:
+        found = [(p, operand) for i, (p, operand) in enumerate(zip(call.positions, call.operands)) if i in group and operand is not None]
+        if found and all(operand.dtype != torch.bool for _, operand in found):  # a truth value has no summands
+            groups.append(tuple(p for p, _ in found if p is not None))
+    return Rule(
+        factors=kept,
+        operands=tuple(operands),
+        outputs=tuple(contents[len(order) :]),
+        whole=pattern.whole & kept.keys(),
+        special=pattern.special & kept.keys(),
+        summands=frozenset(summands),
+        linear=tuple(dict.fromkeys(groups)),
+        work=work,
+        random=random,
+        reduction=reduction,
+        local=local,
+    )
+
+
+def exact_quotient(size: Size, divisor: Size) -> Size | None:
+    """size / divisor where that is a whole number or a polynomial with whole coefficients, else None."""
+    if isinstance(size, int) and isinstance(divisor, int):
+        return size // divisor if divisor and size % divisor == 0 else None
+    if size == divisor:
+        return 1
+    quotient = sympy.cancel(sympy.sympify(size) / divisor)
+    if quotient.is_number:
+        return int(quotient) if quotient.is_Integer else None
+    numerator, denominator = quotient.as_numer_denom()
+    return quotient if denominator == 1 and sympy.Poly(numerator).domain.is_ZZ else None
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+
+
+def call_of(node: Node, types: Callable[[Ref], TensorType]) -> Call:
+    """The call that a program node makes, its operands in schema order."""
+    slots: list[Ref | None] = []
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        slots = list(node.inputs)
+    else:
+        for place, argument in enumerate(schema.arguments):
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            if "Tensor" not in str(argument.type):
+                continue
+            slots.extend(value if isinstance(value, (list, tuple)) else [value if isinstance(value, Ref) else None])
+    order = list(node.inputs)
+    positions: list[int | None] = []
+    taken: set[int] = set()
+    for ref in slots:
+        position = next((i for i, other in enumerate(order) if other == ref and i not in taken), None) if ref else None
+        positions.append(position)
+        taken.update(() if position is None else (position,))
+    operands = tuple(types(ref) if ref is not None else None for ref in slots)
+    return Call(node.op, node.args, node.kwargs, operands, tuple(positions), node.outputs)

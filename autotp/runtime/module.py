@@ -1,0 +1,277 @@
+"""The module that users hold: parameters under their old names, the sharded graph behind `forward`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule
+
+from autotp._torch import dtensor_wrapper, gradient_hooks, local_of, tree_unflatten
+from autotp.errors import AutotpError
+from autotp.runtime.arguments import Arguments
+from autotp.runtime.collectives import ProcessComm, bind
+from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
+from autotp.sharded import Sharded, StateSpec
+
+
+class ParallelModule(Container):
+    """One rank's part of a model, trained and saved like the model itself.
+
+    `parameters()` are DTensors of the original names, global shapes and ties, so that `torch.optim` optimizers,
+    `clip_grad_norm_` and distributed checkpoints see the whole model. The graph computes on plain local tensors that
+    share their storage; after `backward()` every gradient is found in `parameter.grad`, a DTensor too. Whatever changes
+    parameters in place is seen by the forward. The graph does not read the DTensors themselves, so that
+    `torch.autograd.grad` with respect to a parameter is not possible.
+
+    Freezing a parameter (`requires_grad_(False)`) is honoured; do it on all ranks. The mode of a submodule cannot be
+    changed: it is part of the graph.
+
+    Args:
+        sharded: the graph of this rank and what lies where; its collectives are bound to `device_mesh`.
+        device_mesh: of the sizes `sharded.mesh`.
+        values: full value of each parameter, buffer and constant by name, read one at a time, so that a mapping may
+            load lazily; or a DTensor made by `as_dtensor`.
+        aliases: second name of a tied parameter or buffer → its first name.
+        persistent: the names of the buffers that belong to the `state_dict`.
+        device: where the local tensors live.
+        signature: of the original `forward`, without `self`; lets arguments be passed by position or by keyword.
+        trained_mode: `training` of the traced model; None if its graph is the same in both modes.
+
+    Raises:
+        AutotpError: the mesh, a value or an alias does not fit `sharded`.
+    """
+
+    def __init__(
+        self,
+        sharded: Sharded,
+        device_mesh: DeviceMesh,
+        values: Mapping[str, Tensor],
+        aliases: Mapping[str, str],
+        persistent: frozenset[str],
+        device: torch.device | str,
+        *,
+        signature: inspect.Signature | None = None,
+        trained_mode: bool | None = None,
+    ) -> None:
+        super().__init__()
+        _check_mesh(sharded, device_mesh)
+        self._sharded, self._device_mesh = sharded, device_mesh
+        self._aliases, self._persistent = dict(aliases), persistent
+        self._device = torch.empty(0, device=device).device
+        self._signature, self._trained_mode = signature, trained_mode
+
+        held = {
+            spec.name: self._hold(spec, _local_value(spec, values, sharded, self._device)) for spec in sharded.state
+        }
+        for name, first in aliases.items():
+            if first not in held:
+                raise AutotpError(
+                    f"'{name}' is tied to '{first}', which is no state of the graph; tie it to {sorted(held)[:5]}"
+                )
+            self._register(name, held[first].shown, held[first].spec)
+        unknown = sorted(set(values) - set(held) - set(aliases))
+        if unknown:
+            raise AutotpError(f"a value is given for '{unknown[0]}', which is no state of the graph; leave it out")
+        self._held = tuple(held.values())
+        self._updated = tuple(held[name].leaf for name in sharded.updates)
+        self._arguments = Arguments(sharded, self._device, signature)
+        self._outputs: list[Any] = [sharded.out_constants.get(i) for i in range(sharded.out_spec.num_leaves)]
+        if trained_mode is not None:
+            self.train(trained_mode)
+        bind(sharded.graph, ProcessComm(device_mesh))
+        self._run = plain_function(sharded.graph)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs, in the structure that it returns.
+
+        The arguments are those of the original forward, of the same dtypes, dims and static sizes as in the example.
+        Inputs and outputs are full tensors, except those declared sharded or partial: these are this rank's parts.
+
+        Raises:
+            AutotpError: an argument, the mode or a replaced parameter does not fit the traced graph.
+        """
+        if self._trained_mode is not None and self.training is not self._trained_mode:
+            modes = ("train", "eval") if self._trained_mode else ("eval", "train")
+            raise AutotpError(
+                f"the graph was traced in {modes[0]} mode and the module is in {modes[1]} mode; call .{modes[0]}(), "
+                f"or make the model parallel again after .{modes[1]}()"
+            )
+        inputs = self._arguments.match(args, kwargs)
+        results = self._run(*[slot.read() for slot in self._held], *inputs)
+        leaves = self._outputs.copy()
+        for spec, value in zip(self._sharded.outputs, results, strict=False):
+            leaves[spec.position] = value
+        if self._updated:
+            with torch.no_grad():
+                for buffer, value in zip(self._updated, results[len(self._sharded.outputs) :], strict=True):
+                    buffer.copy_(value)
+        return tree_unflatten(leaves, self._sharded.out_spec)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The `state_dict` of the original model: plain full tensors on every rank. All ranks must call it."""
+        gathered: dict[int, Tensor] = {}
+        shown = {id(slot.shown): slot for slot in self._held}
+        state = self.state_dict(keep_vars=True)
+        for tensor in state.values():
+            if id(tensor) not in gathered:
+                slot = shown[id(tensor)]
+                gathered[id(tensor)] = gather_full(slot.leaf, slot.spec, self._device_mesh)
+        return {name: gathered[id(tensor)] for name, tensor in state.items()}
+
+    def extra_repr(self) -> str:
+        """The mesh, this rank's place on it, and the state held at the top level."""
+        names = self._device_mesh.mesh_dim_names
+        mesh = "×".join(map(str, self._sharded.mesh)) + (f" ({', '.join(names)})" if names else "")
+        lines = [f"mesh: {mesh}; this rank: {self._sharded.coordinate}; device: {self._device}", super().extra_repr()]
+        return "\n".join(line for line in lines if line)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """A module of its own with copies of the values, on the same graph and mesh (for averages of weights)."""
+        values = {slot.spec.name: as_dtensor(slot.leaf, slot.spec, self._device_mesh) for slot in self._held}
+        copied = ParallelModule(
+            self._sharded,
+            self._device_mesh,
+            values,
+            self._aliases,
+            self._persistent,
+            self._device,
+            signature=self._signature,
+            trained_mode=self._trained_mode,
+        )
+        for mine, theirs in zip(self.parameters(), copied.parameters(), strict=True):
+            theirs.requires_grad_(mine.requires_grad)
+        memo[id(self)] = copied.train(self.training)
+        return copied
+
+    def _hold(self, spec: StateSpec, local: Tensor) -> _Slot:
+        """Register the local tensor as what users see, and the leaf that the graph reads."""
+        if spec.kind == "constant":
+            return _Slot({spec.name: local}, spec.name, spec, local, local)
+        wrap = dtensor_wrapper(self._device_mesh, placements(spec.layout), spec.type.hint, spec.type.dtype)
+        if spec.kind == "buffer":
+            shown = wrap(local) if spec.layout.splits else local
+            return _Slot(*self._register(spec.name, shown, spec), spec, shown, local)
+        parameter = nn.Parameter(wrap(local), requires_grad=spec.type.requires_grad)
+        leaf: Any = local_of(parameter).detach()
+        if spec.type.requires_grad:
+            leaf.requires_grad_().register_post_accumulate_grad_hook(_gradient_mover(parameter, wrap))
+        return _Slot(*self._register(spec.name, parameter, spec), spec, parameter, leaf)
+
+    def _register(self, name: str, tensor: Tensor, spec: StateSpec) -> tuple[Mapping[str, Any], str]:
+        """Put a tensor under its dotted name; the dict that now holds it, and its key there."""
+        *path, key = name.split(".")
+        owner: Container = self
+        for part in path:
+            owner = owner.child(part)
+        owner.place(key, tensor, spec, self._device_mesh, persistent=name in self._persistent)
+        return owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers, key
+
+
+class _Slot:
+    """One state tensor: `shown` is registered as `owner[key]`, the graph reads `leaf`; both lie on the same storage."""
+
+    def __init__(self, owner: Mapping[str, Any], key: str, spec: StateSpec, shown: Tensor, leaf: Tensor) -> None:
+        self.owner, self.key, self.spec, self.shown, self.leaf = owner, key, spec, shown, leaf
+        self.local = local_of(shown) if isinstance(shown, DTensor) else None
+        self.frozen = leaf.detach() if leaf.requires_grad else leaf
+
+    def read(self) -> Tensor:
+        """What the graph computes with: the leaf, or its values alone where users froze the parameter."""
+        shown, spec = self.shown, self.spec
+        if self.owner.get(self.key) is not shown or (self.local is not None and local_of(shown) is not self.local):
+            raise AutotpError(
+                f"{spec.kind} '{spec.name}' was replaced by another tensor, which the graph does not read; copy new "
+                f"values into it instead, with load_state_dict() or, under torch.no_grad(), copy_()"
+            )
+        if not shown.requires_grad:
+            return self.frozen
+        if not spec.type.requires_grad:
+            raise AutotpError(
+                f"{spec.kind} '{spec.name}' was frozen when the model was traced, so the graph has no gradient for it; "
+                f"call requires_grad_(False) on it, or make the model parallel again with it trainable"
+            )
+        return self.leaf
+
+
+def plain_function(module: nn.Module) -> Callable[..., Any]:
+    """What `module` computes, as a function that calls the `forward` of its submodules directly.
+
+    The hooks of PyTorch, and those of tools that track modules, see one module per call of the whole: a block runs several
+    times before its first backward, which such tools (`CommDebugMode`) do not expect, and a call through
+    `nn.Module.__call__` costs time. The graph of `module` must read nothing but submodules from it.
+    """
+    if not isinstance(module, GraphModule):
+        return module.forward
+    children = {name: plain_function(child) for name, child in module._modules.items() if child is not None}
+    return MethodType(type(module).forward, SimpleNamespace(**children))
+
+
+def _gradient_mover(parameter: nn.Parameter, wrap: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    """A hook for the local leaf that adds each new gradient to `parameter.grad`, as autograd would have done."""
+
+    def move(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is None or not parameter.requires_grad:
+            return
+        if gradient.requires_grad:
+            raise AutotpError("a parallel module has no second derivatives; call backward() without create_graph=True")
+        before, after = gradient_hooks(parameter)
+        if before:
+            shown = wrap(gradient)
+            for hook in tuple(before.values()):
+                replaced = hook(shown)
+                shown = shown if replaced is None else replaced
+            gradient = local_of(shown)
+        held = parameter.grad
+        if held is None:
+            parameter.grad = wrap(gradient)
+        else:
+            local_of(held).add_(gradient)
+        if after:
+            for hook in tuple(after.values()):
+                hook(parameter)
+
+    return move
+
+
+def _check_mesh(sharded: Sharded, device_mesh: DeviceMesh) -> None:
+    coordinate = device_mesh.get_coordinate()
+    if tuple(device_mesh.shape) != sharded.mesh:
+        raise AutotpError(
+            f"the plan is for a mesh of {sharded.mesh}, the device mesh has {tuple(device_mesh.shape)}; "
+            f"plan for the latter"
+        )
+    if coordinate is None or tuple(coordinate) != sharded.coordinate:
+        raise AutotpError(
+            f"the graph is that of the rank at {sharded.coordinate}, this rank is at {coordinate}; "
+            f"rewrite it for this one"
+        )
+
+
+def _local_value(spec: StateSpec, values: Mapping[str, Tensor], sharded: Sharded, device: torch.device) -> Tensor:
+    """This rank's part of one state tensor: a copy on `device`, checked to be of the planned type."""
+    if spec.kind == "parameter" and spec.type.requires_grad and set(spec.layout.kinds) - {"I", "S"}:
+        raise AutotpError(f"parameter '{spec.name}' rests as {spec.layout}; a trainable parameter rests as I or S")
+    try:
+        value = values[spec.name]
+    except KeyError:
+        raise AutotpError(f"no value is given for {spec.kind} '{spec.name}'; give the full tensor") from None
+    if (tuple(value.shape), value.dtype) != (spec.type.hint, spec.type.dtype):
+        raise AutotpError(
+            f"the value of {spec.kind} '{spec.name}' is {value.dtype} of shape {tuple(value.shape)}, but the plan was "
+            f"made for {spec.type.dtype} of shape {spec.type.hint}; give that, or plan again"
+        )
+    if value.is_meta:
+        raise AutotpError(
+            f"the value of {spec.kind} '{spec.name}' is on the meta device and has no data; load the weights first"
+        )
+    if isinstance(value, DTensor):
+        return local_of(value).detach().clone().to(device)
+    return local_part(value, spec.layout, sharded.mesh, sharded.coordinate).to(device)

@@ -1,0 +1,48 @@
+"""Random operators on a mesh: equal numbers where the tensor is replicated or partial, different ones where it is sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class SeedStream:
+    """A sequence of seeds that is the same on every rank, because every rank draws one per random operator it reaches."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def next(self) -> int:
+        """The next seed."""
+        return int(torch.randint(2**62, (), generator=self._generator))
+
+
+class RandomCall(nn.Module):
+    """Run a random operator under a seed of its own. `shard` numbers the piece of the output that this rank holds."""
+
+    def __init__(self, target: Any, shard: int) -> None:
+        super().__init__()
+        self.target = target
+        self.shard = shard
+        self.stream = SeedStream()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the operator; the global random state stays as it was."""
+        devices = {arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.device.type != "cpu"}
+        with torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"):
+            torch.manual_seed((self.stream.next() + self.shard) % 2**63)
+            return self.target(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The operator and the shard."""
+        return f"{self.target}, shard {self.shard}"
+
+
+def seed_module(module: nn.Module, seed: int) -> None:
+    """Give every random operator in `module` one common stream that starts at `seed`."""
+    stream = SeedStream(seed)
+    for child in module.modules():
+        if isinstance(child, RandomCall):
+            child.stream = stream

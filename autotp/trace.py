@@ -1,0 +1,315 @@
+"""Trace a model: `torch.export` it with fake tensors and hand the graph to clean-up.
+
+Every failure of the export comes out as one sentence that names the module and the line of the user's code.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import io
+import linecache
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+
+from autotp import _torch
+from autotp.cleanup import to_program
+from autotp.errors import AutotpError
+from autotp.functional import TORCH_DIRECTORY
+from autotp.interpret import run
+from autotp.program import Program
+
+__all__ = ["HELPERS", "run", "trace"]
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True
+) -> Program:
+    """Trace one forward of a model into a `Program`.
+
+    Args:
+        model: any module, on any device, with real or fake parameters (built under `FakeTensorMode` or on `meta`), in
+            the mode (train or eval) and dtype in which it will run. It is left as it was.
+        args, kwargs: example inputs, real or fake: `model(*args, **kwargs)`. Without any, the model's own
+            `dummy_inputs` serve.
+        dynamic: let all dims of the input tensors vary that can (sizes 0 and 1 cannot). If the model does not allow
+            that, sizes are those of the example and a note says why. False: sizes are those of the example.
+
+    Raises:
+        AutotpError: missing or wrong example inputs; a model that cannot be traced.
+    """
+    notes: list[str] = []
+    args, named = _example(model, args, kwargs, notes)
+    with ExitStack() as stack:
+        for helper in HELPERS:
+            stack.enter_context(helper(model, notes))
+        state = [*model.parameters(), *model.buffers()]
+        args, named = _without_aliases(args, named)
+        mode = _torch.fake_mode_of(state)
+        on_meta = any(tensor.device.type == "meta" for tensor in state)
+        if mode is not None or on_meta:
+            args, named = _fake((args, named), fakes := mode or _torch.new_fake_mode())
+            if on_meta:
+                stack.enter_context(_torch.with_state(model, _off_meta(model, fakes)))
+        for context in (torch.inference_mode(False), torch.enable_grad(), _quiet(), _without_collector()):
+            stack.enter_context(context)
+        exported = _export(model, args, named, dynamic, notes)
+        ordered, names = _named_leaves(model, exported, args, named)
+        program = to_program(exported, model, ordered, names)
+    return replace(program, notes=(*notes, *program.notes))
+
+
+def _example(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, notes: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs, checked against the forward's signature."""
+    signature, kind = inspect.signature(model.forward), type(model).__name__
+    if not isinstance(args, (tuple, list)):
+        raise AutotpError(
+            f"args must be a tuple of example inputs for {kind}.forward{signature}, not {type(args).__name__}."
+        )
+    if not args and kwargs is None:
+        kwargs = getattr(model, "dummy_inputs", None)
+        if isinstance(kwargs, Mapping) and kwargs:
+            shown = ", ".join(f"{key} {list(getattr(value, 'shape', ()))}" for key, value in kwargs.items())
+            notes.append(f"No example inputs were given; traced with the model's own dummy_inputs ({shown}).")
+        else:
+            kwargs = {}
+    named = dict(kwargs or {})
+    try:
+        signature.bind(*args, **named)
+    except TypeError as error:
+        needed = ", ".join(str(parameter) for parameter in signature.parameters.values())
+        raise AutotpError(
+            f"{kind}.forward({needed}) cannot be called with the example inputs ({error}); "
+            "pass args=(...) or kwargs={...} with a tensor of the right shape and dtype for each input."
+        ) from None
+    return tuple(args), named
+
+
+def _without_aliases(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs as objects of their own: export takes equal objects for one input, and leaves marks on them."""
+    seen: set[int] = set()
+
+    def fresh(leaf: torch.Tensor) -> torch.Tensor:
+        repeated = id(leaf) in seen
+        seen.add(id(leaf))
+        return (leaf.detach().clone() if repeated else leaf.detach()).requires_grad_(leaf.requires_grad)
+
+    result: tuple[tuple[Any, ...], dict[str, Any]] = _torch.tree_map_only(torch.Tensor, fresh, (args, kwargs))
+    return result
+
+
+def _fake(tree: Any, mode: Any) -> Any:
+    """The nested inputs with fake tensors of `mode`."""
+    return _torch.tree_map_only(torch.Tensor, lambda leaf: _torch.to_fake(leaf, mode), tree)
+
+
+def _off_meta(model: nn.Module, mode: Any) -> dict[str, torch.Tensor]:
+    """Fake CPU tensors for all parameters and buffers of a model on `meta`; tied names share one."""
+    fakes: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if id(tensor) not in fakes:
+            fake = _torch.to_fake(tensor, mode)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        state[name] = fakes[id(tensor)]
+    return state
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool, notes: list[str]
+) -> ExportedProgram:
+    """Export with all dims free, or, where that fails, with the example's."""
+    reason = ""
+    if dynamic:
+        marked, named = _without_aliases(args, kwargs)
+        free: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+        for leaf in _torch.tree_flatten((marked, named))[0]:
+            if isinstance(leaf, torch.Tensor) and leaf.ndim:
+                free[leaf] = {dim: Dim.AUTO for dim in range(leaf.ndim)}
+        try:
+            shapes = free.dynamic_shapes(model, marked, named)
+            return torch.export.export(model, marked, named, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            reason = f"{_where(error, model)}: {_first_line(error)}"
+    try:
+        exported = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        raise _explained(error, model) from None
+    if reason:
+        notes.append(f"Sizes are fixed at those of the example inputs, because they could not be left free ({reason}).")
+    return exported
+
+
+def _named_leaves(
+    model: nn.Module, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], tuple[str, ...]]:
+    """The example's leaves in the order of the exported program's inputs, and a name for each (`mask`, `batch.0`)."""
+    ordered = {key: kwargs[key] for key in exported.call_spec.in_spec.child(1).context}
+    positional = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    leaves, names = [], []
+    for (group, first, *rest), leaf in _torch.tree_flatten_with_path((args, ordered))[0]:
+        key = _key(first)
+        in_args = _key(group) == "0"
+        name = key if not in_args else positional[int(key)] if int(key) < len(positional) else f"args.{key}"
+        names.append(".".join([name, *map(_key, rest)]))
+        leaves.append(leaf)
+    return leaves, tuple(names)
+
+
+def _key(entry: Any) -> str:
+    """One step of a pytree path, as text."""
+    return str(next(getattr(entry, field) for field in ("idx", "key", "name") if hasattr(entry, field)))
+
+
+# Failures
+
+
+DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "PendingUnbackedSymbolNotFound")
+
+
+def _explained(error: BaseException, model: nn.Module) -> AutotpError:
+    """The sentence for a failed export."""
+    place, reason = _where(error, model), _first_line(error)
+    if any(type(item).__name__ in DATA_DEPENDENT for item in _chain(error)) or "data-dependent" in str(error).lower():
+        return AutotpError(
+            f"the model cannot be traced because {place} needs the value of a tensor (in an `if`, a loop bound, `int` "
+            "or `item`); choose with torch.where instead, or make it a plain Python value."
+        )
+    return AutotpError(
+        f"the model cannot be traced: {place} raised {type(_chain(error)[-1]).__name__} ({reason}); "
+        "check that the example inputs have the right shapes and dtypes and that `model(*args, **kwargs)` runs."
+    )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what caused it, the first cause last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _where(error: BaseException, model: nn.Module) -> str:
+    """`file:line` (`code`) in module `path`: the innermost frame of the failure that is neither PyTorch's nor ours."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = f"the forward of {type(model).__name__}"
+    for item in reversed(_chain(error)):
+        line, path = "", None
+        for frame, number in traceback.walk_tb(item.__traceback__):
+            file = frame.f_code.co_filename
+            owner = frame.f_locals.get("self")
+            if id(owner) in names:
+                path = names[id(owner)]
+            if path is not None and not file.startswith((TORCH_DIRECTORY, "<")):
+                code = linecache.getline(file, number).strip()
+                line = f"{file}:{number}" + (f" (`{code}`)" if code else "")
+        if path is not None and line:
+            return f"{line} in module `{path or '(root)'}`"
+        if path:
+            inside = f"the {type(model.get_submodule(path)).__name__} module `{path}`"
+    return inside
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of what went wrong first."""
+    text = str(_chain(error)[-1]).strip() or type(_chain(error)[-1]).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+# Helpers: what makes more models trace well. Each is a context around the export and says in `notes` what it changed.
+
+
+@contextmanager
+def causal_masks(model: nn.Module, notes: list[str]) -> Iterator[None]:
+    """Let transformers keep `is_causal` attention instead of building the mask it uses for exports.
+
+    During an export `transformers.masking_utils` builds every causal mask as a tensor, and looks for packed sequences
+    in the positions, which depends on values. Both are switched off for the trace.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    asked: list[str] = []
+
+    def answer(name: str, value: Any) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return value
+
+        return replacement
+
+    wanted = {"is_torchdynamo_exporting": False, "find_packed_sequence_indices": None}
+    saved = {name: getattr(masking, name) for name in wanted if hasattr(masking, name)}
+    for name in saved:
+        setattr(masking, name, answer(name, wanted[name]))
+    try:
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(masking, name, original)
+    if "find_packed_sequence_indices" in asked:
+        notes.append(
+            "Sequences packed into one row are not told apart by their positions; pass an explicit mask for them."
+        )
+
+
+@contextmanager
+def no_cache(model: nn.Module, notes: list[str]) -> Iterator[None]:
+    """Switch `use_cache` off in the model's configurations: keys and values of past tokens are no output to plan."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    changed = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in changed:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
+    if changed:
+        notes.append("The model was traced with use_cache=False; its outputs hold no key/value cache.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stderr (PyTorch logs stack traces and prints half-made graphs): what fails is said in one sentence."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """No garbage collection, which finds nothing during an export and takes a seventh of its time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+HELPERS: tuple[Callable[[nn.Module, list[str]], AbstractContextManager[None]], ...] = (causal_masks, no_cache)
+"""Contexts entered around every export."""

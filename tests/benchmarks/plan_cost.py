@@ -1,0 +1,104 @@
+"""What planning costs: CPU time against `torch.export` alone, and peak memory, each in cold processes.
+
+    python tests/benchmarks/plan_cost.py [--mesh 8] [MODEL ...]
+
+Per model, one process measures time: it imports everything and exports a toy module first, so that no import is counted;
+builds the model and exports it (that is `torch.export` alone), then builds it again and plans it as the command line does.
+Another process runs `autotp plan` from the start; its peak resident memory counts imports and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = [f"examples/configs/llama-3.1-{size}/config.json" for size in ("8b", "70b", "405b")]
+RATIOS = {"8b": 2.0, "70b": 1.6, "405b": 1.5}
+GIGABYTES = {"8b": 0.8, "70b": 0.9, "405b": 1.1}
+
+
+def measure(model: str, mesh: str) -> dict[str, float]:
+    """CPU seconds of the export alone and of the steps of planning, in this process."""
+    import torch
+    import transformers  # noqa: F401
+
+    from autotp.cli import calm_collector
+    from autotp.mesh import parse_mesh
+    from autotp.models import load_model
+    from autotp.planning import Request, make_plan
+    from autotp.price.cluster import load_cluster
+    from autotp.report import render
+    from autotp.trace import trace
+
+    torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), strict=False)
+    alone = load_model(model)
+    marks = [time.process_time()]
+    torch.export.export(alone.model, alone.args, alone.kwargs, strict=False)
+    marks.append(time.process_time())
+    del alone
+    start = time.process_time()
+    with calm_collector():
+        loaded = load_model(model)
+        build = time.process_time()
+        program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
+        traced = time.process_time()
+        plan = make_plan(program, Request(parse_mesh(mesh)), load_cluster("dgx-h100"), loaded.name)
+        planned = time.process_time()
+        render(plan)
+    end = time.process_time()
+    return {
+        "export": marks[1] - marks[0],
+        "build": build - start,
+        "trace": traced - build,
+        "plan": planned - traced,
+        "print": end - planned,
+        "total": end - start,
+    }
+
+
+def peak_bytes(model: str, mesh: str) -> int:
+    """Peak resident memory of a fresh `autotp plan`, of which nothing runs before in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "autotp", "plan", model, "--mesh", mesh, "--output", f"{folder}/plan.txt"]
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
+    parser.add_argument("--mesh", default="8")
+    parser.add_argument("--measure", action="store_true", help="measure the one model in this process, print JSON")
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.models[0], options.mesh)))
+        return
+    print("| model | export alone | build | trace | plan | print | total | ratio (limit) | peak memory (limit) |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for model in options.models:
+        command = [sys.executable, __file__, model, "--mesh", options.mesh, "--measure"]
+        run = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        found = json.loads(run.stdout.splitlines()[-1])
+        name = Path(model).parent.name
+        size = name.rpartition("-")[2]
+        times = " | ".join(f"{found[key]:.2f} s" for key in ("export", "build", "trace", "plan", "print", "total"))
+        ratio = f"{found['total'] / found['export']:.2f}×" + (f" (≤ {RATIOS[size]}×)" if size in RATIOS else "")
+        peak = f"{peak_bytes(model, options.mesh) / 1e9:.2f} GB"
+        peak += f" (≤ {GIGABYTES[size]} GB)" if size in GIGABYTES else ""
+        print(f"| {name} | {times} | {ratio} | {peak} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
