@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -107,7 +107,8 @@ def parallelize(
     request = Request(parse_mesh(device_mesh), given.mode if given else mode, memory, pins, inputs, outputs)
     program = together(lambda: trace(model, args, kwargs))
     name = type(model).__name__
-    decided = given or share(attempt(lambda: make_plan(program, request, _cluster(cluster, device), name)) if is_first() else None)
+    made = attempt(lambda: make_plan(program, request, _cluster(cluster, device), name)) if is_first() and given is None else None
+    decided = given or cast(Plan, share(made))
     space, decisions = together(lambda: adopt(program, request, decided))
     agree(decided.hash, "the plan")
     coordinate = tuple(device_mesh.get_coordinate() or ())

@@ -96,13 +96,17 @@ def top(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
-    cluster: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Cluster to price for (default dgx-h100).")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Cluster to price for (default dgx-h100).")
+    ] = None,
     mesh: Annotated[str | None, typer.Option(metavar="MESH", help="Devices: 8, 2x4 or dp=2,tp=4 (default 8).")] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences per step (default 1).")] = None,
     seq: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens per sequence (default the model's maximum, at most 4096).")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="bf16, fp16, fp32 or fp64 (default the model's).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="bf16, fp16, fp32 or fp64 (default the model's).")
+    ] = None,
     mode: Annotated[
         str, typer.Option(metavar="train|inference", help="With backward and update, or forward alone.")
     ] = "train",
@@ -119,7 +123,7 @@ def plan(
     ] = None,
 ) -> None:
     """Decide how to split MODEL over a mesh of devices, and say what that costs. Needs no GPU and no weights."""
-    from autotp.loading import check_options, dtype_name
+    from autotp.loading import check_options, config_path, dtype_name, is_callable_spec
     from autotp.price.cluster import load_cluster
 
     check_options(batch=batch, seq=seq, mode=mode)
@@ -131,6 +135,8 @@ def plan(
     pins = parse_pins(pin or [])
     if output is not None:
         check_writable(output)
+    if not model.startswith("hf:") and not is_callable_spec(model):
+        config_path(model)
     priced = load_cluster(DEFAULT_CLUSTER if cluster is None else cluster)
     axes = _axes(DEFAULT_MESH if mesh is None else mesh, priced)
     with progress() as step, calm_collector():
@@ -366,7 +372,10 @@ def progress() -> Iterator[Any]:
 
 @contextmanager
 def calm_collector() -> Iterator[None]:
-    """No garbage collection: a plan keeps nearly all that it makes, and looking through it all takes a tenth of the time."""
+    """No garbage collection: a plan keeps nearly all that it makes, and looking through it all takes a tenth of the time.
+
+    What was made inside is left out of later collections too, since the process ends soon after.
+    """
     import gc
 
     running = gc.isenabled()
@@ -374,5 +383,6 @@ def calm_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
         if running:
             gc.enable()

@@ -6,6 +6,7 @@ Rewriting starts from here, whether the plan was made a moment ago or loaded fro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from autotp.errors import AutotpError
 from autotp.layouts import Layout, Move
@@ -54,7 +55,7 @@ def read_plan(space: Space, plan: Plan, inputs: dict[int, Layout], outputs: dict
         cuts = space.dim_cuts(ref)
         stations = [layout_of(code, cuts) for code in conversion.layouts]
         moves = []
-        for source, target in zip(stations, stations[1:], strict=False):
+        for source, target in pairwise(stations):
             moves.append(Move(_moved_axis(source, target, conversion.node), source, target))
         paths[ref, stations[-1]] = tuple(moves)
     return Decisions(chosen, paths, inputs, outputs)

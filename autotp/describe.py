@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -101,7 +101,7 @@ def describe(
     communication = 0.0
     buckets: set[tuple[int, int, tuple[int, ...]]] = set()
     folded: dict[tuple[int, int, Layout], list[Conversion]] = {}
-    seconds: Counter[tuple[int, int, Layout]] = Counter()
+    seconds: dict[tuple[int, int, Layout], float] = defaultdict(float)
     for conversion in found:
         key = (space.folding.representative[conversion.ref.node], conversion.ref.output, conversion.target)
         folded.setdefault(key, []).append(conversion)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autotp import _torch
 from autotp.decisions import Decisions
 from autotp.interpret import bind_sizes, flatten_inputs, run
 from autotp.layouts import at_sizes
@@ -16,7 +17,6 @@ from autotp.rewrite import rewrite
 from autotp.sharded import Sharded
 from autotp.simulate import Simulation, coordinates, gather, gather_gradient, gradient_layout, scatter
 from autotp.strategies import Space
-from autotp import _torch
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,21 @@ def compare(
     sizes = bind_sizes(program, leaves)
     places = coordinates(space.mesh)
     local_state = [
-        [_leaf(scatter(values[spec.name], at_sizes(spec.layout, sizes), rank.mesh, rank.coordinate), spec.type.requires_grad and gradient) for spec in rank.state]
+        [
+            _leaf(
+                scatter(values[spec.name], at_sizes(spec.layout, sizes), rank.mesh, rank.coordinate),
+                spec.type.requires_grad and gradient,
+            )
+            for spec in rank.state
+        ]
         for rank in ranks
     ]
     local_inputs = [
-        [scatter(leaf, at_sizes(spec.layout, sizes), rank.mesh, rank.coordinate) for spec, leaf in zip(rank.inputs, inputs, strict=True)] for rank in ranks
+        [
+            scatter(leaf, at_sizes(spec.layout, sizes), rank.mesh, rank.coordinate)
+            for spec, leaf in zip(rank.inputs, inputs, strict=True)
+        ]
+        for rank in ranks
     ]
     simulation = Simulation(ranks)
     results = simulation.forward(local_state, local_inputs)
@@ -82,8 +92,9 @@ def compare(
             if not error <= worst:
                 worst, where = error, name
 
-    for place, spec in enumerate(ranks[0].outputs):
-        judge(gather([result[place] for result in results], at_sizes(spec.layout, sizes), space.mesh), reference[spec.position], spec.name)
+    for place, border in enumerate(ranks[0].outputs):
+        found = gather([result[place] for result in results], at_sizes(border.layout, sizes), space.mesh)
+        judge(found, reference[border.position], border.name)
     for place, name in enumerate(ranks[0].updates):
         layout = next(at_sizes(spec.layout, sizes) for spec in ranks[0].state if spec.name == name)
         locals_ = [result[len(ranks[0].outputs) + place] for result in results]
@@ -93,8 +104,8 @@ def compare(
         seeds: list[Tensor] = []
         tensors: list[Tensor] = []
         roots, root_seeds = [], []
-        for place, spec in enumerate(ranks[0].outputs):
-            expected = reference[spec.position]
+        for place, border in enumerate(ranks[0].outputs):
+            expected = reference[border.position]
             if not expected.requires_grad:
                 continue
             full = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(expected.dtype)
@@ -103,7 +114,7 @@ def compare(
             for result, coordinate in zip(results, places, strict=True):
                 if result[place].requires_grad:
                     roots.append(result[place])
-                    root_seeds.append(scatter(full, gradient_layout(at_sizes(spec.layout, sizes)), space.mesh, coordinate))
+                    root_seeds.append(scatter(full, gradient_layout(at_sizes(border.layout, sizes)), space.mesh, coordinate))
         if tensors:
             torch.autograd.backward(tensors, seeds)
             torch.autograd.backward(roots, root_seeds)
@@ -111,7 +122,8 @@ def compare(
             expected = values[spec.name].grad
             if not spec.type.requires_grad or expected is None:
                 continue
-            parts = [mine[place].grad if mine[place].grad is not None else torch.zeros_like(mine[place]) for mine in local_state]
+            gradients = [(mine[place], mine[place].grad) for mine in local_state]
+            parts = [torch.zeros_like(leaf) if found is None else found for leaf, found in gradients]
             judge(gather_gradient(parts, at_sizes(spec.layout, sizes), space.mesh), expected, f"gradient of {spec.name}")
     return Comparison(worst, where, simulation)
 

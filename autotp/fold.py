@@ -143,10 +143,10 @@ def _fold_state(program: Program, repeats: Sequence[Repeat], representative: lis
                 for ref in program.nodes[node].inputs:
                     home.setdefault(ref.node, set()).add((number, copy))
     covered = {node for repeat in repeats for copy in range(repeat.count) for node in repeat.instance(copy)}
-    for node in program.nodes:
-        if node.index not in covered:
-            for ref in node.inputs:
-                home.setdefault(ref.node, set()).add((-1, node.index))
+    for outside in program.nodes:
+        if outside.index not in covered:
+            for ref in outside.inputs:
+                home.setdefault(ref.node, set()).add((-1, outside.index))
     outputs = {value.node for value in program.outputs if isinstance(value, Ref)}
     for repeat in repeats:
         blocks = [[program.nodes[node] for node in repeat.instance(copy)] for copy in range(repeat.count)]

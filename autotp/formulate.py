@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 from autotp.layouts import Layout, local_shape, uniform
+from autotp.price.compute import memory_seconds
 from autotp.price.conversion import ConversionPrices
 from autotp.price.memory import optimizer_bytes, saved, update_bytes
-from autotp.price.compute import memory_seconds
 from autotp.price.work import node_seconds
 from autotp.problem import Bucket, Choice, Keep, Link, Memory, Problem
 from autotp.program import Node, Ref, TensorType
@@ -212,8 +212,8 @@ def _memory(
         if program.nodes[ref.node].kind == "parameter":
             for source, target in links[place].seconds:
                 if len(table.layouts[target].splits) < len(table.layouts[source].splits):
-                    size = prices.local_bytes(tensor, table.layouts[target]) * len(copies)
-                    converted[place, source, target] = float(size)
+                    size = float(prices.local_bytes(tensor, table.layouts[target]) * len(copies))
+                    converted[place, source, target] = size
             continue
         if not prices.train or program.nodes[ref.node].kind != "op":
             continue

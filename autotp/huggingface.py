@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import nn
 from autotp.errors import AutotpError
 from autotp.loading import (
     DEFAULT_SEQ,
-    FORMS,
     LoadedModel,
+    config_path,
     did_you_mean,
     explained,
     map_tensors,
@@ -52,14 +51,7 @@ def read_config(spec: str, overrides: dict[str, Any] | None = None) -> tuple[str
         if not data:
             raise AutotpError(f"`{name}` has no config.json; {advice}.")
         return name, make_config(data, spec, overrides)
-    path = Path(spec)
-    if not path.exists():
-        raise AutotpError(f"no such model `{spec}`; {FORMS}{nearest_example(spec)}.")
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        raise AutotpError(f"the directory `{spec}` has no config.json; {FORMS}.")
-    if path.suffix == ".py":
-        raise AutotpError(f"`{spec}` names a file but no callable in it; write {spec}:NAME.")
+    path = config_path(spec)
     with explained(f"`{path}` is not a JSON configuration: ERROR."):
         data = json.loads(path.read_text())
     name = path.resolve().parent.name if path.name == "config.json" else path.stem

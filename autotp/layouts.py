@@ -34,7 +34,7 @@ class Segment(NamedTuple):
     """
 
     repeat: Size
-    count: Size
+    count: Size  # type: ignore[assignment]
     granule: Size
 
 
@@ -331,7 +331,7 @@ def all_layouts(cuts: Sequence[Sequence[Cut]], axes: int, kinds: str) -> list[La
     """
     plain = [(kind, -1) for kind in kinds if kind != "S"]
     dims = [("S", dim) for dim, options in enumerate(cuts) if options] if "S" in kinds else []
-    found = []
+    found: list[Layout] = []
     for choice in product(plain + dims, repeat=axes):
         groups: dict[int, list[int]] = {}
         for axis, (kind, dim) in enumerate(choice):

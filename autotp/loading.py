@@ -78,6 +78,28 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
+def is_callable_spec(spec: str) -> bool:
+    """Whether `spec` names Python code (`file.py:callable`, `package.module:callable`) rather than a configuration."""
+    return not spec.startswith("hf:") and not Path(spec).exists() and ":" in spec
+
+
+def config_path(spec: str) -> Path:
+    """The file of a Hugging Face configuration: `spec` itself, or the `config.json` in that directory.
+
+    Raises:
+        AutotpError: there is no such file, or it is Python code.
+    """
+    path = Path(spec)
+    if not path.exists():
+        raise AutotpError(f"no such model `{spec}`; {FORMS}{nearest_example(spec)}.")
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise AutotpError(f"the directory `{spec}` has no config.json; {FORMS}{nearest_example(spec)}.")
+    if path.suffix == ".py":
+        raise AutotpError(f"`{spec}` names a file but no callable in it; write {spec}:NAME.")
+    return path
+
+
 def map_tensors(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Put `change(tensor)` in place of every tensor of `model`; tied stay one tensor, parameters stay parameters."""
     import torch

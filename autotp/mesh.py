@@ -121,7 +121,8 @@ def border_layouts(
 
 def _unknown(what: str, name: str, known: list[str]) -> str:
     near = get_close_matches(str(name), known, 1)
-    return f"{what} declares {name!r}, which the model does not have{f'; did you mean {near[0]!r}?' if near else ''} It has {', '.join(known)}"
+    hint = f"; did you mean {near[0]!r}? It has" if near else "; it has"
+    return f"{what} declares {name!r}, which the model does not have{hint} {', '.join(known)}"
 
 
 def _layout(where: str, declaration: Declaration, program: Program, ref: Ref, axes: Mapping[str, int]) -> Layout:

@@ -28,6 +28,7 @@ from autotp.loading import (
     check_options,
     did_you_mean,
     explained,
+    is_callable_spec,
     map_tensors,
     nearest_example,
     parse_dtype,
@@ -81,11 +82,6 @@ def load_model(
             )
         arguments[key] = value
     return build_from_callable(function, spec, arguments, dtype=target, mode=mode, fake=fake)
-
-
-def is_callable_spec(spec: str) -> bool:
-    """Whether `spec` names Python code (`file.py:callable`, `package.module:callable`) rather than a configuration."""
-    return not spec.startswith("hf:") and not Path(spec).exists() and ":" in spec
 
 
 # Python callables

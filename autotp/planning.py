@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-
 from autotp.check import check
 from autotp.decisions import Decisions, read_plan
 from autotp.describe import describe, fingerprint

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 """A global size: a plain int, or an expression over input sizes when the dimension is dynamic."""
 
 

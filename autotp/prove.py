@@ -302,7 +302,7 @@ def _type_of(tensor: Tensor) -> TensorType:
 
 
 def _random_like(tensor: Tensor, random: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=random, dtype=tensor.dtype)
+    return torch.randn(tensor.shape, generator=random, dtype=tensor.dtype).to(tensor.device)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

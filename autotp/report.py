@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from shutil import get_terminal_size
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autotp.plan import Plan
 from autotp.report_rows import Row, duration, operator_name, rows, size
+
+if TYPE_CHECKING:  # it brings torch, which a table of clusters does not need
+    from autotp.plan import Plan
 
 WIDTHS = (100, 140)
 """Least and greatest width of the table, in columns."""
@@ -116,7 +118,7 @@ def _modules(plan: Plan, width: int) -> Table:
     title = "collectives after it\nforward / backward"
     if roomy or brief:
         longest = max((len(line) for row in shown for line, _ in row.traffic), default=0)
-        table.add_column(title, overflow="fold", min_width=max(longest, 20))
+        table.add_column(title, overflow="fold", min_width=min(longest, 27))
     else:
         table.add_column(f"{title}, and why", overflow="fold", ratio=1)
     if roomy:
@@ -147,9 +149,10 @@ def _room(shown: Sequence[Row], width: int) -> tuple[bool, bool]:
         return sum(max((len(text) for text in column), default=0) + 2 for column in texts)
 
     lines = [line for row in shown for line in row.traffic]
-    fixed = longest(*([getattr(row, name) for row in shown] for name in ("path", "strategy", "weight", "output"))) + 7
-    separate = longest([row.operator for row in shown], [line for line, _ in lines], [why for _, why in lines])
-    return fixed + separate <= width, fixed + 44 > width
+    fixed = longest(*([getattr(row, name) for row in shown] for name in ("path", "strategy", "weight", "output"))) + 12
+    whys = [why for line, why in lines if line] or ["whole on every rank"]
+    separate = longest([row.operator for row in shown], [line for line, _ in lines], whys)
+    return fixed + separate <= width, fixed + 47 > width
 
 
 def colored(strategy: str) -> Text:

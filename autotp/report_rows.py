@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autotp.layouts import COLLECTIVES
-from autotp.plan import ConversionPlan, NodePlan, Plan
+if TYPE_CHECKING:  # these bring torch, which a table of clusters does not need
+    from autotp.plan import ConversionPlan, NodePlan, Plan
 
 REASONS = {
     "all_reduce": "summed",
@@ -70,7 +70,7 @@ def rows(plan: Plan) -> list[Row]:
 
 
 def _matters(plan: Plan, row: Row) -> bool:
-    return row.path in plan.strategies or bool(row.traffic) or row.seconds >= 0.002 * plan.time.step_s
+    return row.path in plan.strategies or any(line for line, _ in row.traffic) or row.seconds >= 0.002 * plan.time.step_s
 
 
 def _main(nodes: Sequence[NodePlan]) -> NodePlan:
@@ -122,7 +122,7 @@ def operator_name(name: str) -> str:
 def _line(conversion: ConversionPlan, weight: bool, many: bool) -> tuple[str, str] | None:
     """The collectives of one conversion, forward / backward, and why; None if it is local. Of `many` axes, the one is named."""
     forward, backward = (
-        [step for step in steps if step.split(" ")[0] in COLLECTIVES]
+        [step for step in steps if step.split(" ")[0] in REASONS]
         for steps in (conversion.forward, conversion.backward)
     )
     if not forward and not backward:

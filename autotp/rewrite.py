@@ -17,12 +17,12 @@ from torch import fx, nn
 
 from autotp.decisions import Decisions
 from autotp.layouts import Layout, Move, local_size, uniform
+from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
 from autotp.program import Node, Ref, map_refs
 from autotp.rules.language import Local, LocalSize, LocalStart, call_of
 from autotp.runtime.collectives import Bucket, Convert
 from autotp.runtime.random import RandomCall
 from autotp.sharded import BorderSpec, Sharded, StateSpec
-from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
 from autotp.strategies import Space
 
 Version = tuple[Ref, Layout]
@@ -203,8 +203,7 @@ class _Rewriter:
     def _get(self, scope: _Scope, version: Version) -> fx.Node:
         """The node that holds a tensor in a layout, converted on first use."""
         if version not in scope.versions:
-            ref, layout = version
-            path = self.path(version)
+            ref, path = version[0], self.path(version)
             symbols = symbols_of([(move.source, move.target) for move in path])
             carries = self.gradient and self.program.type_of(ref).requires_grad
             module = Convert(path, self.mesh, self.coordinate, symbols, carries)
@@ -332,8 +331,8 @@ class _Rewriter:
         root.modules[name] = block.module
         result = root.graph.call_module(name, tuple(args))
         for place, (ref, layout) in enumerate(block.gives):
-            here = Ref(ref.node + copy * repeat.period, ref.output)
-            root.versions[here, layout] = root.graph.call_function(_item, (result, place))
+            given = Ref(ref.node + copy * repeat.period, ref.output)
+            root.versions[given, layout] = root.graph.call_function(_item, (result, place))
 
 
 def _item(values: Sequence[Any], place: int) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 
 from autotp.errors import AutotpError
 from autotp.huggingface import POSITIONS, build_from_config, read_config
-from autotp.loading import LoadedModel, check_options, explained, parse_dtype
-from autotp.models import accepts, build_from_callable, find_callable, is_callable_spec
+from autotp.loading import LoadedModel, check_options, explained, is_callable_spec, parse_dtype
+from autotp.models import accepts, build_from_callable, find_callable
 
 # The spellings of each size in transformers' configurations.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")

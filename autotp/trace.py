@@ -138,7 +138,7 @@ def _export(
         free: Any = ShapesCollection()  # type: ignore[no-untyped-call]
         for leaf in _torch.tree_flatten((marked, named))[0]:
             if isinstance(leaf, torch.Tensor) and leaf.ndim:
-                free[leaf] = {dim: Dim.AUTO for dim in range(leaf.ndim)}
+                free[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
         try:
             shapes = free.dynamic_shapes(model, marked, named)
             return torch.export.export(model, marked, named, dynamic_shapes=shapes, strict=False)

@@ -71,9 +71,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "mistral": lambda **k: _decoder("MistralConfig", **k),
     "qwen2": lambda **k: _decoder("Qwen2Config", **k),
     "qwen3": lambda **k: _decoder("Qwen3Config", **k),
-    "gemma2": lambda **k: _decoder(
-        "Gemma2Config", **{"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, **k}
-    ),
+    "gemma2": lambda **k: _decoder("Gemma2Config", **{"sliding_window": 8, **k}),
     "opt": _opt,
     "bert": _bert,
 }
@@ -89,9 +87,9 @@ def example(name: str, *, batch: int = 3, seq: int = 10, dtype: torch.dtype = to
     import transformers
 
     kind = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
-    model = kind.from_config(CONFIGS[name](**changed)).to(dtype).train()
-    ids = torch.randint(1, VOCABULARY, (batch, seq))
-    labels = torch.randint(1, VOCABULARY, (batch, seq))
+    config = CONFIGS[name](**changed)
+    model = kind.from_config(config).to(dtype).train()
+    ids, labels = torch.randint(1, config.vocab_size, (2, batch, seq))
     labels[0, 3] = -100
     return Example(model, (), {"input_ids": ids, "labels": labels})
 

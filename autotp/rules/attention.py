@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autotp.rules.language import Call, Rule, bind
+from autotp.rules.language import Call, Rule, bind, exact_quotient
 from autotp.rules.registry import rule_for
 
 
@@ -18,8 +18,9 @@ def attention(call: Call) -> Rule:
     dropout = float(call.argument(4, "dropout_p", 0.0) or 0.0)
     rank = len(q.shape)
     heads = rank > 3 and k.shape[-3] not in (1, q.shape[-3])
-    query_head = "(h r)" if heads else "h"
-    key_head = "h"
+    grouped = heads and exact_quotient(q.shape[-3], k.shape[-3]) is not None
+    query_head = "(h r)" if grouped else "g^" if heads else "h"
+    key_head = "h^" if heads and not grouped else "h"
     batch = " ".join(f"b{i}" for i in range(rank - 3))
     s = "s^" if causal else "s"
     operands = [f"{batch} {query_head} {s} e^", f"{batch} {key_head} t^ e^", f"{batch} {key_head} t^ f^"]

@@ -17,8 +17,9 @@ A pattern is parsed once and bound to the shapes of each call; the result is a `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -168,15 +169,10 @@ class Rule:
                         found[content.name].append(Use(output, index, dim, 1, 1, (content.start, content.stop)))
                         continue
                     for place, name in enumerate(content):
-                        outer, inner = self._product(content[:place]), self._product(content[place + 1 :])
+                        outer = math.prod(self.factors[other] for other in content[:place])
+                        inner = math.prod(self.factors[other] for other in content[place + 1 :])
                         found[name].append(Use(output, index, dim, outer, inner, None))
         return {name: tuple(uses) for name, uses in found.items()}
-
-    def _product(self, names: tuple[str, ...]) -> Size:
-        result: Size = 1
-        for name in names:
-            result = result * self.factors[name]
-        return result
 
     @cached_property
     def splittable(self) -> tuple[str, ...]:
@@ -261,45 +257,46 @@ def parse(text: str) -> Pattern:
 
 @dataclass
 class _Binding:
-    """Factor names of every dim, and sizes found so far, while a pattern is bound to shapes."""
+    """Sizes of the factors, found while a pattern is bound to shapes: as expressions, and as they were in the example.
+
+    Where a factor has several dims whose expressions differ, the operator itself wants them equal: the example decides.
+    """
 
     text: str
-    sizes: dict[str, Size] = field(default_factory=dict)
+    sizes: dict[str, Size]
+    hints: dict[str, int]
 
-    def named_dims(self, term: Term, shape: tuple[Size, ...]) -> list[tuple[str, ...]]:
-        """Expand `...` and line the term's dims up with `shape`."""
+    def named_dims(self, term: Term, tensor: TensorType) -> list[tuple[str, ...]]:
+        """Expand `...` and line the term's dims up with the tensor's."""
         dims: list[tuple[str, ...]] = []
-        extra = len(shape) - len(term.dims) + 1
-        if (ELLIPSIS in term.dims and extra < 0) or (ELLIPSIS not in term.dims and len(term.dims) != len(shape)):
-            raise AutotpError(f"the rule {self.text!r} does not fit a tensor of shape {tuple(shape)}")
+        extra = len(tensor.shape) - len(term.dims) + 1
+        if (ELLIPSIS in term.dims and extra < 0) or (ELLIPSIS not in term.dims and extra != 1):
+            raise AutotpError(f"the rule {self.text!r} does not fit a tensor of shape {tuple(tensor.shape)}")
         for dim in term.dims:
             if isinstance(dim, str):
                 dims.extend((f"dim{-place}",) for place in range(extra, 0, -1))
             else:
                 dims.append(dim)
-        for names, size in zip(dims, shape, strict=True):
-            if len(names) == 1 and (names[0] not in self.sizes or self.sizes[names[0]] == 1):
-                self.sizes[names[0]] = size
+        for names, size, hint in zip(dims, tensor.shape, tensor.hint, strict=True):
+            if len(names) == 1 and self.sizes.get(names[0], 1) == 1:
+                self.sizes[names[0]], self.hints[names[0]] = size, hint
         return dims
 
-    def infer(self, names: tuple[str, ...], size: Size) -> None:
+    def infer(self, names: tuple[str, ...], size: Size, hint: int) -> None:
         """Find the one unknown factor of a merged dim by division."""
-        unknown = [name for name in names if name not in self.sizes]
-        if len(unknown) == 1:
-            rest: Size = 1
-            for name in names:
-                rest = rest * self.sizes.get(name, 1)
-            self.sizes[unknown[0]] = exact_quotient(size, rest) or 0
+        known = [name for name in names if name in self.sizes]
+        quotient = exact_quotient(size, math.prod(self.sizes[name] for name in known))
+        if len(known) == len(names) - 1 and quotient is not None:
+            (unknown,) = set(names) - set(known)
+            self.sizes[unknown], self.hints[unknown] = quotient, hint // math.prod(self.hints[name] for name in known)
 
-    def content(self, names: tuple[str, ...], size: Size) -> tuple[str, ...]:
+    def content(self, names: tuple[str, ...], size: Size, hint: int) -> tuple[str, ...]:
         """What a dim is made of: nothing where it broadcasts, and factors of size 1 left out."""
         if size == 1:
             return ()
-        product: Size = 1
-        for name in names:
-            product = product * self.sizes.get(name, 0)
-        if product != size:
-            raise AutotpError(f"the rule {self.text!r} expects a dim of size {product}, but the operand has {size}")
+        if math.prod(self.hints.get(name, 0) for name in names) != hint:
+            expected = math.prod(self.sizes.get(name, 0) for name in names)
+            raise AutotpError(f"the rule {self.text!r} expects a dim of size {expected}, but the operand has {size}")
         return tuple(name for name in names if self.sizes[name] != 1)
 
 
@@ -307,6 +304,7 @@ def bind(
     text: str,
     call: Call,
     *,
+    sizes: Mapping[str, int] | None = None,
     linear: tuple[tuple[int, ...], ...] = (),
     work: Work = "memory",
     random: bool = False,
@@ -314,6 +312,8 @@ def bind(
     local: LocalCall | None = None,
 ) -> Rule:
     """Bind a pattern to a call's shapes. `linear` and summands count the pattern's operands; absent ones are skipped.
+
+    `sizes` gives the size of factors that the shapes alone do not tell.
 
     Raises:
         AutotpError: the pattern does not fit the shapes.
@@ -324,18 +324,16 @@ def bind(
             f"the rule {text!r} has {len(pattern.inputs)} operands and {len(pattern.outputs)} outputs, but {call.op} was "
             f"called with {len(call.operands)} and {len(call.outputs)}"
         )
-    binding = _Binding(text)
+    binding = _Binding(text, dict(sizes or {}), dict(sizes or {}))
     present = [(term, operand) for term, operand in zip(pattern.inputs, call.operands) if operand is not None]
     tensors = [*present, *zip(pattern.outputs, call.outputs)]
-    named = [binding.named_dims(term, tensor.shape) for term, tensor in tensors]
-    for dims, (_, tensor) in zip(named, tensors, strict=True):
-        for names, size in zip(dims, tensor.shape, strict=True):
+    named = [binding.named_dims(term, tensor) for term, tensor in tensors]
+    places = [list(zip(dims, tensor.shape, tensor.hint, strict=True)) for dims, (_, tensor) in zip(named, tensors, strict=True)]
+    for dims in places:
+        for names, size, hint in dims:
             if len(names) > 1:
-                binding.infer(names, size)
-    contents = [
-        tuple(binding.content(names, size) for names, size in zip(dims, tensor.shape, strict=True))
-        for dims, (_, tensor) in zip(named, tensors, strict=True)
-    ]
+                binding.infer(names, size, hint)
+    contents = [tuple(binding.content(*dim) for dim in dims) for dims in places]
     kept = {name: size for name, size in binding.sizes.items() if size != 1}
     order = [position for position in call.positions if position is not None]
     operands: list[tuple[Dim, ...]] = [()] * len(order)

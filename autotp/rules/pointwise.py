@@ -113,4 +113,4 @@ def glu(call: Call) -> Rule:
     rank = len(call.outputs[0].shape)
     dim = call.argument(1, "dim", -1) % rank
     left = " ".join(f"(n^ d{i})" if i == dim else f"d{i}" for i in range(rank))
-    return bind(f"{left} -> {' '.join(f'd{i}' for i in range(rank))}", call)
+    return bind(f"{left} -> {' '.join(f'd{i}' for i in range(rank))}", call, sizes={"n": 2})

@@ -198,7 +198,7 @@ def repeat(call: Call) -> Rule | None:
             right.append(f"d{i}")
         else:
             right.append(f"(n{i}^ d{i})" if shape[i - extra] != 1 else f"n{i}^")
-    if not all(isinstance(size, int) for size in (*shape, *out)) or 0 in counts:
+    if 0 in counts:
         return None
     left = ["1" if shape[i - extra] == 1 else f"d{i}" for i in range(extra, len(out))]
     right = ["1" if out[i] == 1 else name for i, name in enumerate(right)]

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 import sympy
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp import _torch
@@ -129,10 +128,16 @@ class _Run(torch.autograd.Function):
         return run(forward, x, comm)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         backward, comm = ctx.way
         return run(backward, gradient, comm), None, None, None
+
+
+def _refuse_second_derivatives() -> None:
+    """Called in every backward: what a collective does there is itself not differentiable."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise AutotpError("a parallel module has no second derivatives; call backward() without create_graph=True")
 
 
 class Convert(nn.Module):
@@ -251,8 +256,8 @@ class _Merge(torch.autograd.Function):
         return tensors
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         steps, comm = ctx.way
         needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
         buffers = flatten([gradients[i] for i in needed])

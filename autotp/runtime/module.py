@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule
 
 from autotp._torch import dtensor_wrapper, gradient_hooks, local_of, tree_unflatten
 from autotp.errors import AutotpError
 from autotp.runtime.arguments import Arguments
 from autotp.runtime.collectives import ProcessComm, bind
+from autotp.runtime.function import plain_function
 from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
 from autotp.sharded import Sharded, StateSpec
 
@@ -198,19 +197,6 @@ class _Slot:
                 f"call requires_grad_(False) on it, or make the model parallel again with it trainable"
             )
         return self.leaf
-
-
-def plain_function(module: nn.Module) -> Callable[..., Any]:
-    """What `module` computes, as a function that calls the `forward` of its submodules directly.
-
-    The hooks of PyTorch, and those of tools that track modules, see one module per call of the whole: a block runs several
-    times before its first backward, which such tools (`CommDebugMode`) do not expect, and a call through
-    `nn.Module.__call__` costs time. The graph of `module` must read nothing but submodules from it.
-    """
-    if not isinstance(module, GraphModule):
-        return module.forward
-    children = {name: plain_function(child) for name, child in module._modules.items() if child is not None}
-    return MethodType(type(module).forward, SimpleNamespace(**children))
 
 
 def _gradient_mover(parameter: nn.Parameter, wrap: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:

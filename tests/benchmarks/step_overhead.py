@@ -1,7 +1,7 @@
 """What the emitted module costs beside hand-written parallel code: `python -m tests.benchmarks.step_overhead [--pairs 40]`.
 
 Two Gloo ranks run forward and backward of one pre-norm transformer block (attention and MLP, float32, one thread each) in
-three ways, with equal weights and inputs:
+three ways, with equal weights and inputs (the input requires grad, as inside a model):
 
     autotp    the module that `autotp.parallelize` emits; pins fix Megatron's pattern (q, k, v, up column; o, down row)
     by hand   the same pattern written out: plain local parameters, two autograd functions around `dist.all_reduce`
@@ -131,7 +131,7 @@ def local_part(name: str, full: Tensor, rank: int) -> Tensor:
 def three_ways(hidden: int) -> tuple[Block, dict[str, nn.Module], Tensor]:
     """The block on one device, the same on this rank in the three ways, and an input."""
     torch.manual_seed(0)
-    block, x = Block(hidden), torch.randn(BATCH, SEQ, hidden)
+    block, x = Block(hidden), torch.randn(BATCH, SEQ, hidden, requires_grad=True)
     pins = {**dict.fromkeys(COLUMN, "column"), **dict.fromkeys(ROW, "row"), "norm_1": "replicate", "norm_2": "replicate"}
     style = {**{name: ColwiseParallel() for name in COLUMN}, **{name: RowwiseParallel() for name in ROW}}
     tensors = Block(hidden)
@@ -151,16 +151,18 @@ def check_equal(block: Block, ways: dict[str, nn.Module], x: Tensor) -> dict[str
     """Every way gives the block's output and gradients; the collectives of each, forward and backward together."""
     wanted = block(x)
     wanted.sum().backward()
-    gradients = [local_part(name, weight.grad, dist.get_rank()) for name, weight in block.named_parameters()]  # type: ignore[arg-type]
+    gradients = [x.grad, *(local_part(name, weight.grad, dist.get_rank()) for name, weight in block.named_parameters())]
     counts = {}
     near = {"rtol": 1e-4, "atol": 1e-4}
     for name, way in ways.items():
+        x.grad = None
         with CommDebugMode() as comm:
             output = way(x)
             output.sum().backward()
         torch.testing.assert_close(output, wanted, **near, msg=lambda text, name=name: f"output of {name}: {text}")
-        found = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in way.parameters()]
-        for (key, _), mine, theirs in zip(block.named_parameters(), found, gradients, strict=True):
+        found = [x.grad, *(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in way.parameters())]
+        names = ["the input", *(key for key, _ in block.named_parameters())]
+        for key, mine, theirs in zip(names, found, gradients, strict=True):
             say = f"gradient of {key} in {name}"
             torch.testing.assert_close(mine, theirs, **near, msg=lambda text, say=say: f"{say}: {text}")
         kinds: Counter[str] = Counter()
@@ -173,6 +175,7 @@ def check_equal(block: Block, ways: dict[str, nn.Module], x: Tensor) -> dict[str
 def step_time(way: nn.Module, x: Tensor, gradient: Tensor) -> float:
     """Seconds of one forward and backward on this rank."""
     way.zero_grad()
+    x.grad = None
     dist.barrier()
     start = time.perf_counter()
     way(x).backward(gradient)

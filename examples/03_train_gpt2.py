@@ -1,0 +1,42 @@
+"""Train a tiny GPT-2 on CPU ranks, beside the same model on one device: `torchrun --nproc-per-node 2 examples/03_train_gpt2.py`.
+
+The pins ask for Megatron's pattern, which the planner would find by itself for a model that is large enough for it to pay.
+The optimizer, gradient clipping and the training loop are ordinary PyTorch.
+"""
+
+import torch
+import torch.distributed as dist
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import autotp
+
+PINS = {"*.c_attn": "column", "*.attn.c_proj": "row", "*.c_fc": "column", "*.mlp.c_proj": "row"}
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)  # every rank builds the same model and the same data
+sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 257, "n_positions": 32}
+no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+tokens_to_end = {"bos_token_id": 0, "eos_token_id": 0}
+one = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **tokens_to_end)).train()
+batch = torch.randint(257, (4, 32))
+
+many = autotp.parallelize(one, kwargs={"input_ids": batch, "labels": batch}, pins=PINS)
+models = {"one device": one, f"{dist.get_world_size()} ranks": many}
+optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in models.values()]
+
+for step in range(5):
+    losses = []
+    for model, optimizer in zip(models.values(), optimizers, strict=True):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0])
+    if dist.get_rank() == 0:
+        print(f"step {step}: " + ", ".join(f"{float(loss):.6f} on {name}" for name, loss in zip(models, losses, strict=True)))
+
+if dist.get_rank() == 0:
+    print("the losses are equal")
+dist.destroy_process_group()

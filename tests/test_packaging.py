@@ -1,0 +1,110 @@
+"""What users install: the wheel's contents, its metadata, and the commands that the README promises."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = {"transformers"}
+"""What the package imports only where it is used, and does not depend on."""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built as pip builds it but in this process, without a network, from a copy of the sources."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("autotp", "cost_models"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    return Path(next(WheelBuilder(str(source)).build(directory=str(folder), versions=["standard"])))
+
+
+def test_wheel_holds_the_package_and_its_cost_models_alone(wheel: Path) -> None:
+    names = ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"autotp", f"autotp-{PROJECT['version']}.dist-info"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "autotp").rglob("*.py")}
+    models = {f"autotp/{path.relative_to(ROOT)}" for path in (ROOT / "cost_models").rglob("*.yaml")}
+    assert models
+    assert {name for name in names if not name.startswith("autotp-")} == sources | models | {"autotp/py.typed"}
+
+
+def test_wheel_declares_entry_point_licence_and_requirements(wheel: Path) -> None:
+    with ZipFile(wheel) as archive:
+        info = f"autotp-{PROJECT['version']}.dist-info"
+        assert "autotp = autotp.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
+        metadata = archive.read(f"{info}/METADATA").decode()
+    assert "Requires-Python: >=3.11" in metadata
+    assert re.search(r"^Requires-Dist: torch<2\.14,>=2\.11$", metadata, re.MULTILINE)
+    for extra in ("hf", "fast", "test", "dev"):
+        assert f"Provides-Extra: {extra}" in metadata
+
+
+def test_unpacked_wheel_finds_its_cost_models(wheel: Path, tmp_path: Path) -> None:
+    ZipFile(wheel).extractall(tmp_path)
+    code = "import autotp.price.cluster as c; print(c.cost_models_dir()); print(c.load_cluster('dgx-h100').name)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.stdout.split() == [str(tmp_path.resolve() / "autotp" / "cost_models"), "dgx-h100"], ran.stderr
+
+
+def imported() -> set[str]:
+    """Top-level names of everything that the package imports from outside the standard library."""
+    found = set()
+    for path in (ROOT / "autotp").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"autotp"}
+
+
+def test_dependencies_are_what_the_package_imports() -> None:
+    names = {"pyyaml": "yaml"}
+    listed = {re.match(r"[A-Za-z0-9_-]+", line)[0].lower() for line in PROJECT["dependencies"]}  # type: ignore[index]
+    assert {names.get(name, name) for name in listed} == imported() - OPTIONAL
+
+
+def test_constraints_pin_torch_and_every_listed_dependency() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = dict(line.lower().split("==") for line in lines)
+    assert pinned["torch"] == "2.13.0"
+    extras = PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *(item for extra in extras.values() for item in extra)]:
+        name = re.match(r"[A-Za-z0-9_-]+", line)[0].lower()  # type: ignore[index]
+        assert name == "autotp" or name in pinned
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    command = re.search(r"python (-m pytest[^\n]*)", readme)
+    assert command is not None
+    assert f"python {command[1]}\n" in ci
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_files_and_models_that_the_documents_name_exist() -> None:
+    """Relative links in the documents, and paths in their commands."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for path in re.findall(r"\b(?:examples|tests|docs)/[\w./-]*\w", text):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
