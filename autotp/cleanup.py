@@ -261,14 +261,13 @@ class Builder:
             return Ref(number[leaf.node], leaf.output) if isinstance(leaf, Ref) else leaf
 
         nodes = []
-        calls: Counter[str] = Counter()
+        calls = Counter(self.nodes[old].name for old in order if self.nodes[old].kind != "op")
         for new, old in enumerate(order):
             node = self.nodes[old]
             name = node.name
             if node.kind == "op":  # by operator and occurrence: a trace with symbolic sizes gives the same names as one without
                 base = node.op.split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else node.target.__name__
-                name = f"{base}_{calls[base]}"
-                calls[base] += 1
+                name, calls[base] = f"{base}_{calls[base]}" if calls[base] else base, calls[base] + 1
             args, kwargs = map_refs(node.args, renumber), map_refs(node.kwargs, renumber)
             nodes.append(
                 Node(new, name, node.kind, node.target, args, kwargs, node.outputs, node.path, node.source)

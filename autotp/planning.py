@@ -64,7 +64,6 @@ def make_plan(program: Program, request: Request, cluster: Cluster, model: str) 
     prices = ConversionPrices(cluster, request.mesh, request.mode == "train", traced_sizes(program))
     formulation = formulate(space, prices, border, apply_pins(space, dict(request.pins or {})), request.memory)
     solution = solve(formulation.problem)
-    names = output_names(program)
     plan = describe(
         space,
         prices,
@@ -74,10 +73,7 @@ def make_plan(program: Program, request: Request, cluster: Cluster, model: str) 
         model=model,
         mode=request.mode,
         axes=request.axes,
-        declared=(
-            {str(program.nodes[n].target): code_of(layout, space.dim_cuts(Ref(n))) for n, layout in border.inputs.items()},
-            {names[p]: code_of(layout, space.dim_cuts(_owner(space, p))) for p, layout in border.outputs.items()},
-        ),
+        declared=_border_codes(space, border),
         notes=program.notes,
     )
     check(program, space, plan)
@@ -91,7 +87,7 @@ def adopt(program: Program, request: Request, plan: Plan) -> tuple[Space, Decisi
         AutotpError: the plan was made for another model, mode, mesh or border.
     """
     program = for_mode(program, plan.mode)
-    if dict(plan.mesh) != dict(request.axes):
+    if list(plan.mesh.items()) != list(request.axes.items()):
         raise AutotpError(f"the plan was made for the mesh {dict(plan.mesh)}, not {dict(request.axes)}: plan again, or use its mesh")
     if plan.program != fingerprint(program):
         raise AutotpError(f"the plan was made for another model ({plan.model}) or another form of its inputs: plan this model again")
@@ -101,9 +97,21 @@ def adopt(program: Program, request: Request, plan: Plan) -> tuple[Space, Decisi
         outputs=_declarations(plan.outputs, request.axes) if request.outputs is None else request.outputs,
     )
     space, border = prepare(program, request)
+    for what, made, asked in zip(("inputs", "outputs"), (plan.inputs, plan.outputs), _border_codes(space, border), strict=True):
+        if dict(made) != asked:
+            raise AutotpError(f"the plan was made with {what} declared as {dict(made)}, not {asked}: plan again, or declare nothing here")
     decisions = read_plan(space, plan, dict(border.inputs), dict(border.outputs))
     check(program, space, plan)
     return space, decisions
+
+
+def _border_codes(space: Space, border: Border) -> tuple[dict[str, str], dict[str, str]]:
+    """The declared layouts of inputs and outputs as a plan stores them, by tensor name."""
+    program, names = space.program, output_names(space.program)
+    return (
+        {str(program.nodes[n].target): code_of(layout, space.dim_cuts(Ref(n))) for n, layout in border.inputs.items()},
+        {names[p]: code_of(layout, space.dim_cuts(_owner(space, p))) for p, layout in border.outputs.items()},
+    )
 
 
 def _declarations(codes: Mapping[str, str], axes: Mapping[str, int]) -> dict[str, dict[str, int | str]]:

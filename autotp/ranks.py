@@ -66,21 +66,20 @@ def attempt(step: Callable[[], T]) -> T | BaseException:
 
 
 def state_values(model: nn.Module, program: Program) -> dict[str, Tensor]:
-    """The value of every parameter, buffer and constant of the program, by name.
+    """The value of every parameter, buffer and constant of the program, by name, in the model's own order.
 
     Raises:
         AutotpError: a value is fake or on `meta`: there is nothing to run with.
     """
-    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kinds = {node.target: node.kind for node in program.nodes if node.kind in ("parameter", "buffer")}
     values = {}
-    for node in program.nodes:
-        if node.kind == "constant":
-            values[node.target] = program.constants[node.target]
-        elif node.kind in ("parameter", "buffer"):
-            value = named[node.target].detach()
-            if value.device.type == "meta" or _torch.fake_mode_of([named[node.target]]) is not None:
-                raise AutotpError(f"{node.kind} {node.target!r} has no values (it is {value.device.type} or fake); load weights first")
-            values[node.target] = value
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in kinds:
+            continue
+        if tensor.device.type == "meta" or _torch.fake_mode_of([tensor]) is not None:
+            raise AutotpError(f"{kinds[name]} {name!r} has no values (it is on meta or fake); load weights into the model first")
+        values[name] = tensor.detach()
+    values.update({node.target: program.constants[node.target] for node in program.nodes if node.kind == "constant"})
     return values
 
 

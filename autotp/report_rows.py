@@ -70,7 +70,9 @@ def rows(plan: Plan) -> list[Row]:
 
 
 def _matters(plan: Plan, row: Row) -> bool:
-    return row.path in plan.strategies or any(line for line, _ in row.traffic) or row.seconds >= 0.002 * plan.time.step_s
+    return (
+        row.path in plan.strategies or any(line for line, _ in row.traffic) or row.seconds >= 0.002 * plan.time.step_s
+    )
 
 
 def _main(nodes: Sequence[NodePlan]) -> NodePlan:
@@ -122,8 +124,7 @@ def operator_name(name: str) -> str:
 def _line(conversion: ConversionPlan, weight: bool, many: bool) -> tuple[str, str] | None:
     """The collectives of one conversion, forward / backward, and why; None if it is local. Of `many` axes, the one is named."""
     forward, backward = (
-        [step for step in steps if step.split(" ")[0] in REASONS]
-        for steps in (conversion.forward, conversion.backward)
+        [step for step in steps if step.split(" ")[0] in REASONS] for steps in (conversion.forward, conversion.backward)
     )
     if not forward and not backward:
         return None

@@ -286,8 +286,8 @@ class _Rewriter:
         scope = _Scope()
         for place, version in enumerate(takes):
             node = self.program.nodes[version[0].node]
-            name = str(node.target).rsplit(".", 2)[-2:] if node.kind != "op" else [node.name]
-            scope.versions[version] = scope.graph.placeholder("_".join(name) + f"_{place}")
+            words = str(node.target).rsplit(".", 2)[-2:] if node.kind != "op" else [node.name]
+            scope.versions[version] = scope.graph.placeholder(f"in{place}_{'_'.join(words)}")
         for symbol in symbols:
             scope.sizes[symbol] = scope.graph.placeholder(f"size_{symbol}")
         self._state_conversions(scope, set(wanted), dict.fromkeys(ref for ref, _ in takes if self.belongs_to_block(ref)))

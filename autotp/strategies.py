@@ -167,7 +167,12 @@ def _op_strategies(
     if rule is None:
         return (_replicated(node, len(operands), axes),)
     factor_cuts = {name: cuts.usable_cuts(rule, name, places) for name in rule.splittable}
-    options = ["I", "R", *(f"P{i}" for i in range(len(rule.linear)) if _may_be_partial(node.outputs)), *rule.splittable]
+    groups = [
+        f"P{number}"
+        for number, group in enumerate(rule.linear)
+        if _may_be_partial([*node.outputs, *(operands[place] for place in group)])
+    ]
+    options = ["I", "R", *groups, *rule.splittable]
     found: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Strategy] = {}
     for choice in product(options, repeat=axes):
         split_on: dict[str, tuple[int, ...]] = {}
@@ -183,8 +188,9 @@ def _op_strategies(
     return tuple(found.values())
 
 
-def _may_be_partial(outputs: Sequence[TensorType]) -> bool:
-    return all(output.dtype != torch.bool for output in outputs)
+def _may_be_partial(tensors: Sequence[TensorType]) -> bool:
+    """Truth values have no summands."""
+    return all(tensor.dtype != torch.bool for tensor in tensors)
 
 
 def _derive(

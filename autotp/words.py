@@ -63,19 +63,36 @@ def _sequence_length(program: Program) -> int | None:
 def module_strategies(space: Space, chosen: dict[int, Strategy]) -> dict[str, str]:
     """Module path → its word, for every module that owns a weight or an attention; axes that differ are joined by "+"."""
     program, found = space.program, {}
-    for node in program.nodes:
-        if node.kind != "op" or node.path in found or not speaks_for_module(program, node, space):
-            continue
-        owner = space.folding.representative[node.index]
-        found[node.path] = joined(words_of(program, program.nodes[owner], space.rules[owner], chosen[owner]))
+    for index in speakers(space):
+        owner = space.folding.representative[index]
+        path = program.nodes[index].path
+        found.setdefault(path, joined(words_of(program, program.nodes[owner], space.rules[owner], chosen[owner])))
     return found
 
 
-def speaks_for_module(program: Program, node: Node, space: Space) -> bool:
-    """Whether the node is what its module is about: it reads the module's weight, or is its attention."""
-    rule = space.rules[space.folding.representative[node.index]]
-    reads = any(program.nodes[ref.node].kind == "parameter" for ref in node.inputs)
-    return reads or (rule is not None and rule.work == "attention")
+def speakers(space: Space) -> list[int]:
+    """The nodes whose strategies stand for their modules, in program order.
+
+    Those that multiply or look up a module's weight, and attentions; in a module that uses its weight in another way (a norm
+    spelled out in several operators), the last one.
+    """
+    program = space.program
+    owning: dict[str, list[int]] = {}
+    last: dict[str, int] = {}
+    for node in program.nodes:
+        if node.kind != "op":
+            continue
+        rule = space.rules[space.folding.representative[node.index]]
+        reads = any(program.nodes[ref.node].kind == "parameter" for ref in node.inputs)
+        if (rule is not None and rule.work == "attention") or (reads and (rule is None or rule.work == "gemm" or rule.special)):
+            owning.setdefault(node.path, []).append(node.index)
+        elif reads:
+            last[node.path] = node.index
+        elif node.path in last:
+            last[node.path] = node.index
+    found = [index for indices in owning.values() for index in indices]
+    found += [index for path, index in last.items() if path not in owning]
+    return sorted(found)
 
 
 def joined(words: tuple[str, ...]) -> str:
@@ -95,7 +112,7 @@ def apply_pins(space: Space, pins: dict[str, str]) -> dict[int, tuple[int, ...]]
     """
     program = space.program
     allowed: dict[int, tuple[int, ...]] = {}
-    paths = {n.index: n.path for n in program.nodes if n.kind == "op" and speaks_for_module(program, n, space)}
+    paths = {index: program.nodes[index].path for index in speakers(space)}
     for pattern, word in pins.items():
         if word not in WORDS:
             raise AutotpError(f"the pin {pattern!r}: {word!r} is none of {', '.join(WORDS)}")

@@ -97,13 +97,6 @@ def traced(name: str, dynamic: bool = False) -> Program:
     return trace(MODELS[name](), (), {"input_ids": ids, "labels": ids}, dynamic=dynamic)
 
 
-def sums_booleans(space: Space, node: int, strategy: int) -> bool:
-    """Whether a strategy takes a boolean operand as a partial sum, which no plan may."""
-    types = map(space.program.type_of, space.program.nodes[node].inputs)
-    layouts = space.strategies[node][strategy].operands
-    return any(t.dtype == torch.bool and "P" in layout.kinds for t, layout in zip(types, layouts, strict=True))
-
-
 def random_plan(program: Program, request: Request, seed: int) -> tuple[Space, Plan]:
     """A plan with a random strategy at every node."""
     space, border = prepare(program, request)
@@ -111,8 +104,8 @@ def random_plan(program: Program, request: Request, seed: int) -> tuple[Space, P
     formulation = formulate(space, prices, border)
     draw = random.Random(seed)
     chosen = tuple(
-        draw.choice([n for n in range(len(choice.seconds)) if node is None or not sums_booleans(space, node, n)])
-        for node, choice in zip(formulation.nodes, formulation.problem.choices, strict=True)
+        draw.choice(range(len(choice.seconds)))
+        for choice in formulation.problem.choices
     )
     solution = Solution(chosen, 0.0, 0.0, "feasible", 1.0, "random", 0.0)
     plan = describe(space, prices, border, formulation, solution, model="m", mode=request.mode, axes=request.axes)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trace import check_equal, ops
+from tests.test_trace import check_equal, ops
 from torch import Tensor, nn
 
 from autotp.cleanup import named_state

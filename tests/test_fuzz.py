@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from autotp.equality import compare
+from autotp.errors import AutotpError
+from autotp.layouts import MOVES
 from autotp.planning import Request, prepare, traced_sizes
 from autotp.price.cluster import load_cluster
 from autotp.price.conversion import ConversionPrices
 from autotp.random_plans import random_plan
+from autotp.rules import RULES, bind
 from autotp.trace import trace
 from tests.models import NAMES, TOLERANCE, Example, InFloat64, example
 
@@ -53,6 +56,26 @@ def fuzz(name: str, mesh: tuple[int, ...], seeds: range) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_random_plans_equal_one_device(name: str, mesh: tuple[int, ...]) -> None:
     fuzz(name, mesh, range(PLANS_EACH))
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "wrong"),
+    [
+        (MOVES, ("I", "R"), ("none", "none")),  # the gradient's all-reduce forgotten
+        (MOVES, ("R", "S"), ("slice", "all_gather")),
+        (MOVES, ("I", "P"), ("none", "none")),  # a bias added by every rank
+        (RULES, "aten.mul.Tensor", lambda call: bind("..., ... -> ...", call, linear=((0, 1),))),
+        (RULES, "aten.add.Tensor", lambda call: bind(", ".join(["..."] * len(call.operands)) + " -> ...", call, linear=((0,),))),
+        (RULES, "aten.layer_norm.default", lambda call: bind("... d, d, d -> ... d", call)),
+        (RULES, "aten.addmm.default", lambda call: bind("n, m k, k n -> m n", call)),  # the bias no summand
+    ],
+)
+def test_fuzzing_catches_planted_errors(monkeypatch: pytest.MonkeyPatch, table: Any, key: Any, wrong: Any) -> None:
+    monkeypatch.setitem(table, key, wrong)
+    space_of.cache_clear()
+    with pytest.raises((AssertionError, AutotpError, RuntimeError)):  # unequal, or not even runnable
+        fuzz("gpt2", (2,), range(12))
+    space_of.cache_clear()
 
 
 @pytest.mark.slow

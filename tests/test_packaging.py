@@ -96,7 +96,7 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     command = re.search(r"python (-m pytest[^\n]*)", readme)
     assert command is not None
-    assert f"python {command[1]}\n" in ci
+    assert f"\npython {command[1]} || status=1\n" in ci
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

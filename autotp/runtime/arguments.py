@@ -83,14 +83,11 @@ class Arguments:
         self.keywords: list[str] = keywords.context
         self.positional = self._positional_names(positional.num_children)
         self.parts: list[TreeSpec] = [*positional.children(), *keywords.children()]
+        self.flat = all(part.is_leaf() for part in self.parts)
 
     def match(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The graph's input tensors, in order."""
-        leaves, spec = tree_flatten((args, kwargs))
-        if spec != self.spec:
-            leaves, spec = tree_flatten(self._as_in_trace(args, kwargs))
-            if spec != self.spec:
-                self._raise_structure(spec)
+        leaves = self._leaves(args, kwargs)
         for check in self.tensors:
             value = leaves[check.position]
             if not check.accepts(value):
@@ -109,6 +106,19 @@ class Arguments:
                     f"for both; pass equal sizes"
                 )
         return [leaves[position] for position in self.positions]
+
+    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments, flattened as in the trace."""
+        if self.flat and len(args) == len(self.positional) and list(kwargs) == self.keywords:
+            leaves = [*args, *kwargs.values()]
+            if not any(isinstance(leaf, (tuple, list, dict)) for leaf in leaves):
+                return leaves
+        leaves, spec = tree_flatten((args, kwargs))
+        if spec != self.spec:
+            leaves, spec = tree_flatten(self._as_in_trace(args, kwargs))
+            if spec != self.spec:
+                self._raise_structure(spec)
+        return leaves
 
     def _positional_names(self, count: int) -> list[str | int]:
         """What the example's positional arguments are called: parameter names, or numbers where there is no name."""

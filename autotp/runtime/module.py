@@ -66,8 +66,10 @@ class ParallelModule(Container):
         self._device = torch.empty(0, device=device).device
         self._signature, self._trained_mode = signature, trained_mode
 
+        order = {name: place for place, name in enumerate(values)}  # parameters() counts as the original model does
         held = {
-            spec.name: self._hold(spec, _local_value(spec, values, sharded, self._device)) for spec in sharded.state
+            spec.name: self._hold(spec, _local_value(spec, values, sharded, self._device))
+            for spec in sorted(sharded.state, key=lambda spec: order.get(spec.name, len(order)))
         }
         for name, first in aliases.items():
             if first not in held:
@@ -78,10 +80,11 @@ class ParallelModule(Container):
         unknown = sorted(set(values) - set(held) - set(aliases))
         if unknown:
             raise AutotpError(f"a value is given for '{unknown[0]}', which is no state of the graph; leave it out")
-        self._held = tuple(held.values())
+        self._held = tuple(held[spec.name] for spec in sharded.state)
         self._updated = tuple(held[name].leaf for name in sharded.updates)
         self._arguments = Arguments(sharded, self._device, signature)
         self._outputs: list[Any] = [sharded.out_constants.get(i) for i in range(sharded.out_spec.num_leaves)]
+        self._places = tuple(spec.position for spec in sharded.outputs)
         if trained_mode is not None:
             self.train(trained_mode)
         bind(sharded.graph, ProcessComm(device_mesh))
@@ -105,11 +108,11 @@ class ParallelModule(Container):
         inputs = self._arguments.match(args, kwargs)
         results = self._run(*[slot.read() for slot in self._held], *inputs)
         leaves = self._outputs.copy()
-        for spec, value in zip(self._sharded.outputs, results, strict=False):
-            leaves[spec.position] = value
+        for position, value in zip(self._places, results, strict=False):
+            leaves[position] = value
         if self._updated:
             with torch.no_grad():
-                for buffer, value in zip(self._updated, results[len(self._sharded.outputs) :], strict=True):
+                for buffer, value in zip(self._updated, results[len(self._places) :], strict=True):
                     buffer.copy_(value)
         return tree_unflatten(leaves, self._sharded.out_spec)
 
