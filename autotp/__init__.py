@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autotp.api import parallelize, plan
     from autotp.errors import AutotpError
-    from autotp.plan import Plan
+    from autotp.plans import Plan
     from autotp.price.cluster import Cluster, load_cluster
     from autotp.prove import prove_rule
     from autotp.rules import bind, rule, rule_for
@@ -20,7 +20,7 @@ _HOMES = {
     "AutotpError": "autotp.errors",
     "Cluster": "autotp.price.cluster",
     "ParallelModule": "autotp.runtime.module",
-    "Plan": "autotp.plan",
+    "Plan": "autotp.plans",
     "bind": "autotp.rules",
     "load_cluster": "autotp.price.cluster",
     "parallelize": "autotp.api",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.mesh import parse_mesh
-from autotp.plan import Plan
+from autotp.plans import Plan
 from autotp.planning import Request, adopt, make_plan
 from autotp.price.cluster import Cluster, load_cluster
 from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values

@@ -27,7 +27,7 @@ import torch
 from autotp.errors import AutotpError
 from autotp.layouts import MOVES, Layout, Range, Split, at_sizes, merge_ranges, piece, uniform
 from autotp.mesh import output_names
-from autotp.plan import ConversionPlan, NodePlan, Plan, code_of, layout_of
+from autotp.plans import ConversionPlan, NodePlan, Plan, code_of, layout_of
 from autotp.program import Node, Program, Ref, Size, TensorType, map_refs
 from autotp.rules import Rule, call_of, rule_of
 from autotp.rules.language import Use

@@ -21,7 +21,7 @@ import typer
 from autotp.errors import AutotpError
 
 if TYPE_CHECKING:
-    from autotp.plan import Plan
+    from autotp.plans import Plan
     from autotp.price.cluster import Cluster
     from autotp.verify import VerifyReport
 
@@ -162,7 +162,7 @@ def plan(
     if output is None:
         typer.echo(text)
     else:
-        from autotp.plan import write_whole
+        from autotp.plans import write_whole
 
         write_whole(output, text + "\n")
 

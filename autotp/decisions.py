@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from autotp.errors import AutotpError
 from autotp.layouts import Layout, Move
-from autotp.plan import Plan, code_of, layout_of
+from autotp.plans import Plan, code_of, layout_of
 from autotp.program import Program, Ref
 from autotp.strategies import Space, Strategy
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from autotp.formulate import Border, Formulation, border_tensors, home_of, state_bytes
 from autotp.layouts import COLLECTIVES, Layout, Move
-from autotp.plan import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time, code_of
+from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time, code_of
 from autotp.price.compute import memory_seconds
 from autotp.price.conversion import ConversionPrices
 from autotp.price.memory import update_bytes

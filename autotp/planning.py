@@ -14,7 +14,7 @@ from autotp.fold import fold
 from autotp.formulate import Border, formulate
 from autotp.layouts import Layout
 from autotp.mesh import border_layouts, output_names
-from autotp.plan import Plan, code_of
+from autotp.plans import Plan, code_of
 from autotp.price.cluster import Cluster
 from autotp.price.conversion import ConversionPrices
 from autotp.program import Program, Ref, Size, TensorType

@@ -19,7 +19,7 @@ from rich.text import Text
 from autotp.report_rows import Row, duration, operator_name, rows, size
 
 if TYPE_CHECKING:  # it brings torch, which a table of clusters does not need
-    from autotp.plan import Plan
+    from autotp.plans import Plan
 
 WIDTHS = (100, 140)
 """Least and greatest width of the table, in columns."""

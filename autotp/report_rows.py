@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # these bring torch, which a table of clusters does not need
-    from autotp.plan import ConversionPlan, NodePlan, Plan
+    from autotp.plans import ConversionPlan, NodePlan, Plan
 
 REASONS = {
     "all_reduce": "summed",

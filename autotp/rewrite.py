@@ -359,7 +359,7 @@ def _draws(target: Any) -> bool:
 
 def _returns_list(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
-    return schema is not None and (len(schema.returns) > 1 or "[]" in str(schema.returns[0].type))
+    return schema is not None and (len(schema.returns) > 1 or isinstance(schema.returns[0].type, torch.ListType))
 
 
 def _all_symbols(node: Node, rewriter: _Rewriter) -> set[sympy.Symbol]:

@@ -44,10 +44,11 @@ class Solution:
     elapsed: float
 
 
-def solve(problem: Problem, *, time_limit: float = 300.0, gap: float = 1e-4) -> Solution:
+def solve(problem: Problem, *, solver: str | None = None, time_limit: float = 300.0, gap: float = 1e-4) -> Solution:
     """The choice with the least time within the memory limit.
 
     Args:
+        solver: "HiGHS" or "CBC"; by default HiGHS where it is installed.
         time_limit: seconds for the solver.
         gap: relative distance from the optimum at which it may stop.
 
@@ -56,8 +57,8 @@ def solve(problem: Problem, *, time_limit: float = 300.0, gap: float = 1e-4) -> 
     """
     start = time.perf_counter()
     program, strategies = _formulate(problem, minimise_memory=False)
-    solver, name = _solver(time_limit, gap)
-    program.solve(solver)
+    engine, name = _engine(solver, time_limit, gap)
+    program.solve(engine)
     if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         if problem.limit is not None:
             least = least_memory(problem, time_limit=time_limit)
@@ -85,12 +86,12 @@ def solve(problem: Problem, *, time_limit: float = 300.0, gap: float = 1e-4) -> 
 def least_memory(problem: Problem, *, time_limit: float = 300.0) -> float:
     """The smallest peak bytes per device that any choice reaches."""
     program, strategies = _formulate(problem, minimise_memory=True)
-    program.solve(_solver(time_limit, 1e-4)[0])
+    program.solve(_engine(None, time_limit, 1e-4)[0])
     return bytes_of(problem, _chosen(problem, strategies))
 
 
-def _solver(time_limit: float, gap: float) -> tuple[pulp.LpSolver, str]:
-    if "HiGHS" in pulp.listSolvers(onlyAvailable=True):
+def _engine(solver: str | None, time_limit: float, gap: float) -> tuple[pulp.LpSolver, str]:
+    if solver == "HiGHS" or (solver is None and pulp.HiGHS().available()):
         return pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=gap, threads=1), "HiGHS"
     return pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=gap, threads=1), "CBC"
 

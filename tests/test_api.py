@@ -69,7 +69,7 @@ def test_every_model_trains_like_one_device(ranks: int) -> None:
 
 
 def test_two_dimensional_mesh_trains_like_one_device() -> None:
-    run_ranks(all_models, 4, ("gpt2", "mlp"), {"dp": 2, "tp": 2})
+    run_ranks(all_models, 4, ("gpt2", "llama"), {"dp": 2, "tp": 2})
 
 
 def other_sizes() -> None:
@@ -102,6 +102,21 @@ def declared_border() -> None:
     wanted.loss.backward()
     for (key, parameter), mine in zip(one.model.named_parameters(), many.parameters(), strict=True):
         assert_close(full_gradient(many, key, mine), parameter.grad, key)
+
+
+def dropout() -> None:
+    """Masks agree where tensors are replicated: every rank sees one and the same output, and it is random."""
+    one = example("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    torch.manual_seed(dist.get_rank())  # ranks that were seeded differently agree all the same
+    many = autotp.parallelize(one.model, one.args, one.kwargs, cluster=splitting_pays())
+    losses = [many(**one.kwargs).loss for _ in range(3)]
+    losses[0].backward()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [loss.item() for loss in losses])
+    assert gathered[0] == gathered[1]
+    assert len(set(gathered[0])) == 3
+    with pytest.raises(AutotpError, match=r"traced in train mode"):
+        many.eval()(**one.kwargs)
 
 
 def saved_plan(folder: str) -> None:
@@ -151,7 +166,7 @@ def all_of(*checks: Any) -> None:
 def test_sizes_borders_saved_plans_and_refusals(tmp_path: Path) -> None:
     """One start of the ranks for several checks: starting costs more than checking."""
     folder = str(tmp_path)
-    run_ranks(all_of, 2, (other_sizes, ()), (declared_border, ()), (saved_plan, (folder,)), (refusals, (folder,)))
+    run_ranks(all_of, 2, (other_sizes, ()), (declared_border, ()), (dropout, ()), (saved_plan, (folder,)), (refusals, (folder,)))
 
 
 def test_parallelize_needs_ranks() -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from autotp import cli
 from autotp.errors import AutotpError
-from autotp.plan import Plan
+from autotp.plans import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from autotp.plan import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time
+from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time
 from autotp.report import render, to_json
 from autotp.report_rows import Row, duration, fold_rows, ranges, rows, size
 

@@ -30,14 +30,27 @@ class RandomCall(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the operator; the global random state stays as it was."""
-        devices = {arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.device.type != "cpu"}
-        with torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"):
-            torch.manual_seed((self.stream.next() + self.shard) % 2**63)
+        tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
+        generator = _generator(torch.device(kwargs.get("device") or (tensor.device if tensor is not None else "cpu")))
+        state = generator.get_state()
+        generator.manual_seed((self.stream.next() + self.shard) % 2**63)
+        try:
             return self.target(*args, **kwargs)
+        finally:
+            generator.set_state(state)
 
     def extra_repr(self) -> str:
         """The operator and the shard."""
         return f"{self.target}, shard {self.shard}"
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The generator that operators on `device` draw from."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module: Any = torch.get_device_module(device)
+    generator: torch.Generator = module.default_generators[module.current_device() if device.index is None else device.index]
+    return generator
 
 
 def seed_module(module: nn.Module, seed: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from autotp.errors import AutotpError
 from autotp.layouts import Layout, Segment, Split, plain_cut
-from autotp.plan import Plan, code_of, layout_of, write_whole
+from autotp.plans import Plan, code_of, layout_of, write_whole
 from autotp.planning import Request, make_plan
 from autotp.price.cluster import load_cluster
 from autotp.trace import trace
