@@ -144,3 +144,7 @@ wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 def constant_when_compiled(function: Callable[..., Any]) -> None:
     """Mark a function as `torch.compiler.assume_constant_result` does, without importing the compiler (a second)."""
     function.__dict__["_dynamo_marked_constant"] = True
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context in which operators skip autograd's own layer."""

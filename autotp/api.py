@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.mesh import parse_mesh
-from autotp.plans import Plan
 from autotp.planning import Request, adopt, make_plan
+from autotp.plans import Plan
 from autotp.price.cluster import Cluster, load_cluster
 from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values
 from autotp.rewrite import rewrite
@@ -100,7 +100,7 @@ def parallelize(
     Raises:
         AutotpError: on every rank alike, so that none is left waiting.
     """
-    check_ranks()
+    check_ranks(mesh)
     given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan))
     device_mesh = device_mesh_of(mesh or (given.mesh if given else None))
     device = torch.device(device_mesh.device_type)

@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 from torch import fx, nn
 
+from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.layouts import Layout, Split, at_sizes, local_size, piece
 from autotp.program import Size
@@ -30,9 +31,16 @@ class PieceSize(nn.Module):
 
         self.value = value
 
+    def number(self, *sizes: int) -> int:
+        """The number for these sizes, plain ints."""
+        return self.value(*sizes)
+
     def forward(self, *sizes: int) -> int:
         """The number for these sizes."""
-        return self.value(*sizes)
+        return self.number(*map(operator.index, sizes))
+
+
+_torch.constant_when_compiled(PieceSize.number)  # its arithmetic is no part of a compiled graph
 
 
 def piece_start(split: Split, mesh: tuple[int, ...], coordinate: tuple[int, ...]) -> int:

@@ -18,16 +18,21 @@ from autotp.program import Program
 T = TypeVar("T")
 
 
-def check_ranks() -> None:
-    """Make sure that there are ranks to run on.
+def check_ranks(mesh: Any) -> None:
+    """Make sure, before anything is exchanged, that there are ranks to run on and that all of them take part.
 
     Raises:
-        AutotpError: there is no process group.
+        AutotpError: there is no process group, or `mesh` is a `DeviceMesh` of some of its ranks only.
     """
     if not dist.is_initialized():
         raise AutotpError(
             "there is no process group: start the script with `torchrun --nproc-per-node N script.py` and call "
             "torch.distributed.init_process_group() before autotp.parallelize()"
+        )
+    if isinstance(mesh, DeviceMesh) and mesh.size() != dist.get_world_size():
+        raise AutotpError(
+            f"the device mesh has {mesh.size()} of the {dist.get_world_size()} running ranks; parallelize runs on all ranks of the "
+            "process group so far: pass a mesh of all of them"
         )
 
 
@@ -43,8 +48,6 @@ def device_mesh_of(mesh: Any) -> DeviceMesh:
         AutotpError: the mesh does not have as many places as there are ranks.
     """
     if isinstance(mesh, DeviceMesh):
-        if mesh.get_coordinate() is None:
-            raise AutotpError(f"rank {dist.get_rank()} is no part of the given device mesh; call parallelize on its ranks only")
         return mesh
     world = dist.get_world_size()
     axes = parse_mesh(world if mesh is None else mesh)

@@ -62,7 +62,8 @@ def _sequence_length(program: Program) -> int | None:
 
 def module_strategies(space: Space, chosen: dict[int, Strategy]) -> dict[str, str]:
     """Module path → its word, for every module that owns a weight or an attention; axes that differ are joined by "+"."""
-    program, found = space.program, {}
+    program = space.program
+    found: dict[str, str] = {}
     for index in speakers(space):
         owner = space.folding.representative[index]
         path = program.nodes[index].path
@@ -86,9 +87,7 @@ def speakers(space: Space) -> list[int]:
         reads = any(program.nodes[ref.node].kind == "parameter" for ref in node.inputs)
         if (rule is not None and rule.work == "attention") or (reads and (rule is None or rule.work == "gemm" or rule.special)):
             owning.setdefault(node.path, []).append(node.index)
-        elif reads:
-            last[node.path] = node.index
-        elif node.path in last:
+        elif reads or node.path in last:
             last[node.path] = node.index
     found = [index for indices in owning.values() for index in indices]
     found += [index for path, index in last.items() if path not in owning]

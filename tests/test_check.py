@@ -19,8 +19,8 @@ from autotp.describe import describe
 from autotp.errors import AutotpError
 from autotp.formulate import formulate
 from autotp.layouts import Segment, all_layouts
-from autotp.plans import ConversionPlan, NodePlan, Plan, code_of
 from autotp.planning import Request, for_mode, make_plan, prepare, traced_sizes
+from autotp.plans import ConversionPlan, NodePlan, Plan, code_of
 from autotp.price.cluster import load_cluster
 from autotp.price.conversion import ConversionPrices
 from autotp.program import Program, Ref

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_trace import check_equal, ops
 from torch import Tensor, nn
 
 from autotp.cleanup import named_state
 from autotp.program import Program
 from autotp.trace import run, trace
+from tests.test_trace import check_equal, ops
 
 
 class Head(nn.Module):

@@ -101,7 +101,12 @@ def count_on_ranks(names: tuple[str, ...]) -> None:
 
 
 def kinds(mode: CommDebugMode) -> dict[str, int]:
-    words = {"all_reduce": "all_reduce", "all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
+    words = {
+        "all_reduce": "all_reduce",
+        "all_gather": "all_gather_into_tensor",
+        "reduce_scatter": "reduce_scatter_tensor",
+        "all_to_all": "all_to_all_single",
+    }
     counts = {str(op): count for op, count in mode.get_comm_counts().items()}
     return {kind: sum(n for op, n in counts.items() if word in op) for kind, word in words.items() if any(word in op for op in counts)}
 

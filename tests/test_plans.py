@@ -6,8 +6,8 @@ import pytest
 
 from autotp.errors import AutotpError
 from autotp.layouts import Layout, Segment, Split, plain_cut
-from autotp.plans import Plan, code_of, layout_of, write_whole
 from autotp.planning import Request, make_plan
+from autotp.plans import Plan, code_of, layout_of, write_whole
 from autotp.price.cluster import load_cluster
 from autotp.trace import trace
 from tests.models import example

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from hashlib import sha256
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist

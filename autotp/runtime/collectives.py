@@ -83,7 +83,7 @@ def _exchange(collective: Callable[..., Any], x: Tensor, *args: Any) -> Tensor:
     if torch.compiler.is_compiling():
         received: Tensor = _torch.wait_tensor(collective(x, *args))
         return received
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         received = _torch.wait_tensor(collective(x, *args))
     return received
 

@@ -269,6 +269,21 @@ def test_local_moves_need_no_processes() -> None:
         Convert((Move(0, PARTIAL, INVARIANT),), (2,), (1,))(x)
 
 
+def test_a_mask_that_keeps_is_no_autograd_node() -> None:
+    x = torch.ones(3, requires_grad=True)
+    kept, dropped = (Convert((Move(0, INVARIANT, PARTIAL),), (2,), (rank,))(x) for rank in range(2))
+    assert kept is x and torch.equal(dropped, torch.zeros(3))
+    dropped.sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = torch.ones(4, requires_grad=True)
+    y = Convert((Move(0, REPLICATE, sharded(0, 4)),), (2,), (0,))(x)
+    with pytest.raises(AutotpError, match="no second derivatives"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
 def test_first_dim_is_not_copied() -> None:
     """Slices, gathers and scatters of equal pieces along dim 0 are plain views for the exchange."""
     x = torch.ones(4, 3)
