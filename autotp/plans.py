@@ -178,6 +178,11 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def layouts(self) -> dict[str, tuple[str, ...]]:
+        """Node → the layout of each of its outputs, in words (`S(1)`, one per mesh axis); a repeated node under its first name."""
+        return {entry.node: entry.shows for entry in self.nodes}
+
+    @property
     def hash(self) -> str:
         """sha256 of every decision: ranks compare it before they communicate. Prices and solver times do not count."""
         content = {

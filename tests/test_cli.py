@@ -39,8 +39,9 @@ def model(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def autotp(capsys: pytest.CaptureFixture[str]) -> Any:
+def autotp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "140")  # pytest-xdist sets 80
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:

@@ -50,6 +50,12 @@ def test_plans_round_trip_through_yaml(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
 
+def test_every_tensor_has_a_layout() -> None:
+    layouts = made().layouts
+    assert layouts["input_ids"] == ("S(0)",)
+    assert layouts["p_transformer_ln_f_weight"] == ("I",)
+
+
 def test_the_hash_covers_decisions_and_not_prices() -> None:
     from dataclasses import replace
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rule_samples import PREDICATE, SAMPLES, Sample, booleans, call, integers, positive, real, target_of
+from rule_samples import PREDICATE, SAMPLES, Sample, call, integers, positive, real, target_of
 
 from autotp.errors import AutotpError
 from autotp.prove import prove_rule
@@ -59,11 +59,6 @@ def first_classes(local: Local) -> Any:
 def swapped_parts(call: Call) -> Rule:
     """`cat` of 6 and 3 columns as if it were of 3 and 6."""
     return Rule({"c": 9}, (((), Part("c", 0, 3)), ((), Part("c", 3, 9))), (((), ("c",)),))
-
-
-def partial_truth(call: Call) -> Rule:
-    """A count of truth values that are themselves summands."""
-    return Rule({"d0": 7}, ((("d0",),),), ((),), linear=((0,),))
 
 
 QUERY, KEY = real(2, 6, 5, 4), real(2, 2, 5, 4)
@@ -161,7 +156,6 @@ WRONG: dict[str, tuple[str, RuleFunction, Sample]] = {
         pattern("d0 a^ -> d0 b^", linear=((0,),)),
         call(real(3, 5), [1, 0], 2.0),
     ),
-    "truth values as summands": ("aten.sum.default", partial_truth, call(booleans(7))),
     "slope of the last dim": ("aten.prelu.default", pattern("..., ... -> ..."), call(real(3, 5, 5), real(5))),
     "transposed dims in place": ("aten.t.default", pattern("d0 d1 -> d0 d1"), call(real(5, 5))),
     "permuted the other way": ("aten.permute.default", pattern("a b c -> c a b"), call(real(5, 5, 5), [1, 2, 0])),
