@@ -148,3 +148,8 @@ def constant_when_compiled(function: Callable[..., Any]) -> None:
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """A context in which operators skip autograd's own layer."""
+
+
+def assert_all(condition: torch.Tensor, message: str) -> None:
+    """Raise RuntimeError unless every element is true, without making the host wait for a GPU."""
+    torch._assert_async(condition.all(), message)

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autotp.errors import AutotpError
 from autotp.mesh import parse_mesh
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import Cluster, load_cluster
-from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values
+from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values, weights_digest
 from autotp.rewrite import rewrite
 from autotp.runtime.agreement import agree, share, together
 from autotp.runtime.module import ParallelModule
@@ -60,8 +61,8 @@ def plan(
     Raises:
         AutotpError: the model cannot be traced, or a request cannot be met; the message says what to do.
     """
-    program = trace(model, args, kwargs, dynamic=False)
     request = Request(parse_mesh(mesh), mode, memory, pins, inputs, outputs)
+    program = trace(model, args, kwargs)
     return make_plan(program, request, _cluster(cluster, torch.device("cuda")), type(model).__name__)
 
 
@@ -90,7 +91,8 @@ def parallelize(
     Args:
         model: a module with real weights, equal on all ranks; it is left as it was.
         mesh: as for `plan`; by default all ranks of the (torchrun) process group on one axis.
-        plan: a `Plan`, or a file that one was saved to; by default a new one.
+        plan: a `Plan`, or a file that one was saved to; by default a new one. Its mode counts, and cluster, memory and pins
+            cannot be given beside it.
         cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
         args, kwargs, mode, memory, pins, inputs, outputs: as for `plan`.
 
@@ -101,18 +103,23 @@ def parallelize(
         AutotpError: on every rank alike, so that none is left waiting.
     """
     check_ranks(mesh)
+    if plan is not None and not isinstance(plan, (Plan, str, Path)):
+        raise AutotpError(f"plan is {plan!r}; pass a Plan, or the file that one was saved to")
+    if plan is not None and (cluster is not None or memory is not None or pins is not None):
+        raise AutotpError("a plan is given together with cluster, memory or pins, which only a new plan can follow: leave one out")
     given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan))
-    device_mesh = device_mesh_of(mesh or (given.mesh if given else None))
+    device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
     device = torch.device(device_mesh.device_type)
     request = Request(parse_mesh(device_mesh), given.mode if given else mode, memory, pins, inputs, outputs)
-    program = together(lambda: trace(model, args, kwargs))
+    program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
     name = type(model).__name__
     made = attempt(lambda: make_plan(program, request, _cluster(cluster, device), name)) if is_first() and given is None else None
     decided = given or cast(Plan, share(made))
     space, decisions = together(lambda: adopt(program, request, decided))
     agree(decided.hash, "the plan")
+    agree(together(lambda: weights_digest(model)), "the model's weights (seed all ranks alike, or load the same checkpoint)")
     coordinate = tuple(device_mesh.get_coordinate() or ())
-    sharded = rewrite(space, decisions, coordinate, gradient=request.mode == "train", device=device)
+    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=request.mode == "train", device=device))
     seed_module(sharded.graph, share(int(torch.randint(2**62, ()))))
     return together(
         lambda: ParallelModule(

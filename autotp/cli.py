@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_CLUSTER = "dgx-h100"
 DEFAULT_MESH = "8"
 FORMATS = ("table", "yaml", "json")
+SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 UNITS = {"": 1, "b": 1} | {
     prefix + unit: base**power
     for power, prefix in enumerate("kmgt", start=1)
@@ -117,7 +118,10 @@ def plan(
         list[str] | None,
         typer.Option(metavar="PATTERN=WORD", help="Fix a choice, e.g. '*.q_proj=column'; may be repeated."),
     ] = None,
-    format: Annotated[str, typer.Option(metavar="|".join(FORMATS), help="What to print.")] = "table",
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(FORMATS), help="What to write (default as FILE's suffix says, else table)."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write to this file instead of to the screen.")
     ] = None,
@@ -129,6 +133,8 @@ def plan(
     check_options(batch=batch, seq=seq, mode=mode)
     if dtype is not None:
         dtype_name(dtype)
+    if format is None:
+        format = "table" if output is None else SUFFIXES.get(output.suffix.lower(), "table")
     if format not in FORMATS:
         raise AutotpError(f"unknown format {format!r}; choose {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     limit = None if memory is None else parse_size(memory)
@@ -139,7 +145,7 @@ def plan(
         config_path(model)
     priced = load_cluster(DEFAULT_CLUSTER if cluster is None else cluster)
     axes = _axes(DEFAULT_MESH if mesh is None else mesh, priced)
-    with progress() as step, calm_collector():
+    with progress() as step, calm_collector(), guest(model):
         step("loading PyTorch")
         from autotp.models import load_model
         from autotp.planning import Request, make_plan
@@ -190,7 +196,7 @@ def verify(
         raise AutotpError(
             f"the mesh {mesh} has {prod(axes.values())} places, but --ranks is {ranks}: the two must be equal"
         )
-    with progress() as step:
+    with progress() as step, guest(model):
         step("loading PyTorch")
         from autotp.verify import verify as run
 
@@ -241,10 +247,12 @@ def parse_size(text: str) -> float:
     Raises:
         AutotpError: it is none of these, or not above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+    found = re.fullmatch(r"\s*(-?(?:\d+(?:\.\d+)?|\.\d+))\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in UNITS:
         raise AutotpError(f"the memory size {text!r} is not understood: write such as 80GB, 80GiB, 512MB, or bytes")
     count: float = float(found[1]) * UNITS[found[2]]
+    if count <= 0:
+        raise AutotpError(f"the memory size {text!r} must be positive, such as 80GB; leave --memory out for no limit")
     return count
 
 
@@ -368,6 +376,21 @@ def progress() -> Iterator[Any]:
 
     with Console(stderr=True).status("") as status:
         yield lambda words: status.update(f"{words} …")
+
+
+@contextmanager
+def guest(model: str) -> Iterator[None]:
+    """The model's own code runs inside: what it prints goes to stderr, and it cannot end the process.
+
+    Raises:
+        AutotpError: it called `sys.exit`.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        code = "" if error.code is None else repr(error.code)
+        raise AutotpError(f"the code of {model} called sys.exit({code}); it must return a model, or raise an error") from None
 
 
 @contextmanager

@@ -121,7 +121,9 @@ def describe(
         if bucket is not None:
             buckets.add(bucket)
     names = list(axes)
-    inputs = next(((n.outputs[0].hint) for n in program.nodes if n.kind == "input"), ())
+    first = next((n.outputs[0] for n in program.nodes if n.kind == "input"), None)
+    inputs = first.hint if first else ()
+    of_tokens = first is not None and len(inputs) == 2 and not first.dtype.is_floating_point
     ranks = 1
     for size in space.mesh:
         ranks *= size
@@ -131,7 +133,7 @@ def describe(
         mesh=dict(axes),
         cluster=prices.cluster.name,
         batch=inputs[0] if inputs else None,
-        sequence=inputs[1] if len(inputs) > 1 else None,
+        sequence=inputs[1] if of_tokens else None,
         program=fingerprint(program),
         nodes=tuple(_node_plan(space, prices, node, chosen[node]) for node in members),
         conversions=tuple(
@@ -150,6 +152,7 @@ def describe(
         outputs=dict(declared[1]),
         replicated=replicated,
         notes=notes,
+        dynamic=bool(program.symbols),
     )
 
 

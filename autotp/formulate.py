@@ -192,14 +192,12 @@ def _memory(
     held = [[0.0] * len(options) for options in strategies]
     working = [[0.0] * len(options) for options in strategies]
     for place, node_index in enumerate(nodes):
-        if node_index is None:
+        if node_index is None:  # outputs: below, with their tensors
             continue
         node = program.nodes[node_index]
         for choice, strategy in enumerate(strategies[place]):
             if node.kind == "op":
-                outputs = zip(node.outputs, strategy.outputs, strict=True)
-                working[place][choice] = float(sum(prices.local_bytes(tensor, layout) for tensor, layout in outputs))
-                working[place][choice] *= 2 if prices.train and node.outputs[0].requires_grad else 1
+                working[place][choice] = float(_in_work(space, prices, node, strategy))
             elif node.kind != "input":
                 held[place][choice] = float(
                     sum(state_bytes(prices, node, strategy.outputs[0]).values()) * len(members[node_index])
@@ -209,6 +207,9 @@ def _memory(
     for place, (ref, copies) in enumerate(tensors):
         tensor = program.type_of(ref)
         table = prices.table(tensor, space.dim_cuts(ref))
+        for choice, layouts in links[place].consumers:
+            if nodes[choice] is None:
+                working[choice][0] = float(prices.local_bytes(tensor, table.layouts[layouts[0]]))
         if program.nodes[ref.node].kind == "parameter":
             for source, target in links[place].seconds:
                 if len(table.layouts[target].splits) < len(table.layouts[source].splits):
@@ -230,6 +231,22 @@ def _memory(
                 for strategy_number in wanted[0][1]:
                     held[wanted[0][0]][strategy_number] += size
     return Memory(tuple(map(tuple, held)), converted, tuple(keeps), tuple(map(tuple, working)))
+
+
+def _in_work(space: Space, prices: ConversionPrices, node: Node, strategy: Strategy) -> int:
+    """Bytes alive while a node runs and not counted elsewhere: forward its operands and outputs, backward their gradients too.
+
+    In training, operands are mostly saved anyway and counted there; their gradients are not. Parameters count on their own.
+    """
+    program = space.program
+    outputs = sum(prices.local_bytes(tensor, layout) for tensor, layout in zip(node.outputs, strategy.outputs, strict=True))
+    backward = prices.train and node.outputs[0].requires_grad
+    operands = 0
+    for ref, layout in zip(node.inputs, strategy.operands, strict=True):
+        tensor = program.type_of(ref)
+        if program.nodes[ref.node].kind != "parameter" and (tensor.requires_grad or not prices.train):
+            operands += prices.local_bytes(tensor, layout)
+    return 2 * outputs + operands if backward else outputs + (0 if prices.train else operands)
 
 
 def savers(space: Space, link: Link, ref: Ref, nodes: list[int | None] | tuple[int | None, ...]) -> list[tuple[int, tuple[int, ...]]]:

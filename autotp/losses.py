@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autotp import _torch
+
 
 class _SumExp(torch.autograd.Function):
     """Saves the logits only: their exponentials are computed again in backward."""
@@ -50,6 +52,12 @@ def pick(logits: Tensor, target: Tensor, start: int = 0, size: int | None = None
     return picked * here
 
 
-def rows_of_loss(sums: Tensor, maximum: Tensor, picked: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Per row, log(sum) + maximum − picked, or 0 where the target is ignored. All of shape (rows)."""
+def rows_of_loss(sums: Tensor, maximum: Tensor, picked: Tensor, target: Tensor, ignore_index: int, classes: int) -> Tensor:
+    """Per row, log(sum) + maximum − picked, or 0 where the target is ignored. All of shape (rows).
+
+    Raises:
+        RuntimeError: a target is neither a class nor `ignore_index` (on a GPU when the device is next synchronised).
+    """
+    valid = ((target >= 0) & (target < classes)) | (target == ignore_index)
+    _torch.assert_all(valid, "a target of the cross-entropy is out of bounds")
     return (sums.log() + maximum - picked).where(target != ignore_index, 0)

@@ -30,6 +30,8 @@ def parse_mesh(mesh: int | Sequence[int] | Mapping[str, int] | DeviceMesh | str)
     """
     if isinstance(mesh, str):
         mesh = _parse_text(mesh)
+    if not isinstance(mesh, (int, DeviceMesh, Mapping, list, tuple)):
+        raise AutotpError(f"the mesh {mesh!r} is not understood: write 8, (2, 4), {{'dp': 2, 'tp': 4}} or pass a DeviceMesh")
     if isinstance(mesh, DeviceMesh):
         sizes: Sequence[int] = tuple(mesh.shape)
         axes = dict(zip(mesh.mesh_dim_names or _names(len(sizes)), sizes, strict=True))
@@ -97,6 +99,9 @@ def border_layouts(
     Raises:
         AutotpError: an unknown tensor, axis or dim; a partial input; a tensor that cannot be declared.
     """
+    for what, declared in (("inputs", inputs), ("outputs", outputs)):
+        if declared is not None and not isinstance(declared, Mapping):
+            raise AutotpError(f"{what} is {declared!r}; write a dict from tensor names to layouts, e.g. {{'input_ids': {{'dp': 0}}}}")
     given: dict[int, Layout] = {}
     nodes = [node for node in program.nodes if node.kind == "input"]
     for name, declaration in (inputs or {}).items():

@@ -34,6 +34,15 @@ class Request:
     inputs: Mapping[str, Any] | None = None
     outputs: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is no request at all."""
+        if self.memory is not None and (not isinstance(self.memory, (int, float)) or not self.memory > 0 or self.memory == float("inf")):
+            raise AutotpError(f"memory is {self.memory!r}; give the bytes allowed per device as a positive number, e.g. 80e9")
+        if self.pins is not None and (
+            not isinstance(self.pins, Mapping) or not all(isinstance(text, str) for pair in self.pins.items() for text in pair)
+        ):
+            raise AutotpError(f"pins is {self.pins!r}; write a dict from module patterns to strategies, e.g. {{'*.q_proj': 'column'}}")
+
     @property
     def mesh(self) -> tuple[int, ...]:
         """The sizes of the mesh axes."""

@@ -155,6 +155,7 @@ class Plan:
         inputs, outputs: layout codes that the user declared, by tensor name.
         replicated: operators without a rule → seconds that running them on every rank costs.
         notes: what tracing or planning wants the user to know.
+        dynamic: whether the program was traced with sizes that may change; the module then takes other batches and lengths.
     """
 
     model: str
@@ -176,6 +177,7 @@ class Plan:
     outputs: Mapping[str, str] = field(default_factory=dict)
     replicated: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dynamic: bool = True
 
     @property
     def layouts(self) -> dict[str, tuple[str, ...]]:
@@ -247,6 +249,14 @@ def write_whole(path: str | Path, text: str) -> None:
     """
     target = Path(path)
     scratch = target.with_name(target.name + ".part")
+    if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
+        try:
+            with target.open("w") as stream:
+                stream.write(text)
+        except OSError as error:
+            raise AutotpError(f"cannot write {path}: {error.strerror}") from None
+        return
+    target = target.resolve() if target.is_symlink() else target
     try:
         scratch.write_text(text)
         scratch.replace(target)
@@ -255,7 +265,22 @@ def write_whole(path: str | Path, text: str) -> None:
         raise AutotpError(f"cannot write {path}: {error.strerror}") from None
 
 
+SHAPES: dict[str, type | tuple[type, ...]] = {
+    "model": str, "mode": str, "mesh": dict, "cluster": str, "program": str, "nodes": list, "conversions": list, "strategies": dict,
+    "collectives": dict, "time": dict, "memory": dict, "solver": dict, "kpi": dict, "inputs": dict, "outputs": dict,
+    "replicated": dict, "notes": list, "dynamic": bool,
+}  # fmt: skip
+"""What a plan file holds under each key."""
+
+
 def _from_dict(body: dict[str, Any]) -> Plan:
+    for key, kind in SHAPES.items():
+        if not isinstance(body[key], kind):
+            raise TypeError(f"{key} is {body[key]!r}")
+    for key in ("communication_to_computation", "shard_efficiency"):
+        body["kpi"][key]
+    for way in ("forward", "backward"):
+        body["collectives"][way]
     def entry(kind: type, values: dict[str, Any]) -> Any:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +85,22 @@ def state_values(model: nn.Module, program: Program) -> dict[str, Tensor]:
         values[name] = tensor.detach()
     values.update({node.target: program.constants[node.target] for node in program.nodes if node.kind == "constant"})
     return values
+
+
+SAMPLES = 64
+"""Elements of each tensor that the digest of the weights reads."""
+
+
+def weights_digest(model: nn.Module) -> bytes:
+    """A digest of a few elements of every parameter and buffer: enough to tell models of different seeds or checkpoints apart."""
+    digest = sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta" and _torch.fake_mode_of([tensor]) is None and tensor.numel():
+            step = max(1, tensor.numel() // SAMPLES)
+            sample = tensor.detach().reshape(-1)[::step][:SAMPLES].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
 
 
 def mode_of_graph(model: nn.Module, program: Program) -> bool | None:

@@ -6,6 +6,7 @@ The table has one row per distinct module, in the order in which they run; equal
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from shutil import get_terminal_size
@@ -76,7 +77,7 @@ def render(plan: Plan, width: int | None = None, color: bool = False) -> str:
 
 
 def to_text(content: RenderableType, width: int, color: bool) -> str:
-    """What rich would print, as text without trailing blanks."""
+    """What rich would print, as text without trailing blanks, and without blank lines around it or one after another."""
     console = Console(
         file=StringIO(),
         width=width,
@@ -88,7 +89,8 @@ def to_text(content: RenderableType, width: int, color: bool) -> str:
     )
     with console.capture() as captured:
         console.print(content)
-    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
 
 
 # ---- parts of the page ----------------------------------------------------------------------------------------------

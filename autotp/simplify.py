@@ -191,7 +191,7 @@ def cross_entropy(nodes: Collector, call: Call) -> Ref | Call:
     maximum = emit("maximum", losses.row_maximum, (logits,), rows, wide)
     sums = emit("sums", losses.sum_exp, (logits, maximum), rows, wide)
     picked = emit("picked", losses.pick, (logits, target), rows, wide)
-    loss = emit("rows", losses.rows_of_loss, (sums, maximum, picked, target, options["ignore_index"]), rows, wide)
+    loss = emit("rows", losses.rows_of_loss, (sums, maximum, picked, target, options["ignore_index"], kind.shape[1]), rows, wide)
     if options["reduction"] != NONE:
         loss = emit("total", aten.sum.default, (loss,), replace(out, dtype=wide), wide)
     if wide == out.dtype:

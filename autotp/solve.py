@@ -63,8 +63,8 @@ def solve(problem: Problem, *, solver: str | None = None, time_limit: float = 30
         if problem.limit is not None:
             least = least_memory(problem, time_limit=time_limit)
             raise AutotpError(
-                f"the memory limit of {problem.limit / 1e9:.2f} GB per device cannot be kept: the least that would do on this mesh "
-                f"is {least / 1e9:.2f} GB; raise the limit, use more devices, or a smaller batch"
+                f"the memory limit of {_size(problem.limit)} per device cannot be kept: the least that would do on this mesh "
+                f"is {_size(least * 1.0005)}; raise the limit, use more devices, or a smaller batch"
             )
         raise AutotpError(f"the solver {name} found no plan within {time_limit:.0f} s: raise the time limit")
     chosen = _chosen(problem, strategies)
@@ -81,6 +81,14 @@ def solve(problem: Problem, *, solver: str | None = None, time_limit: float = 30
         name,
         time.perf_counter() - start,
     )
+
+
+def _size(size: float) -> str:
+    """Bytes with four digits, e.g. `1.234 GB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.4g} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def least_memory(problem: Problem, *, time_limit: float = 300.0) -> float:

@@ -49,6 +49,8 @@ def trace(
         AutotpError: missing or wrong example inputs; a model that cannot be traced.
     """
     notes: list[str] = []
+    if not isinstance(model, nn.Module):
+        raise AutotpError(f"the model is {model!r}, which is no torch.nn.Module; pass the module itself.")
     args, named = _example(model, args, kwargs, notes)
     with ExitStack() as stack:
         for helper in HELPERS:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import autotp
 from autotp.errors import AutotpError
+from autotp.planning import Request, make_plan
+from autotp.trace import trace
 from tests.models import NAMES, TOLERANCE, Example, InFloat64, example, splitting_pays
 from tests.ranks import run_ranks
 
@@ -120,15 +123,51 @@ def dropout() -> None:
 
 
 def saved_plan(folder: str) -> None:
-    one = example("qwen2")
-    path = Path(folder) / "plan.yaml"
-    if dist.get_rank() == 0:
-        made = autotp.plan(one.model, one.args, one.kwargs, mesh=2, cluster=splitting_pays())
-        made.save(path)
-        assert autotp.Plan.load(path) == made
-    dist.barrier()
-    many = autotp.parallelize(one.model, one.args, one.kwargs, plan=path)
-    assert_close(many(**one.kwargs).loss, one.model(**one.kwargs).loss, "loss")
+    """A plan made anywhere runs here, whether its rows, columns or heads are split, at the example's sizes and at others."""
+    for name, pins in [("qwen2", {}), ("gpt2", {"*.c_fc": "batch"}), ("llama", {"*.up_proj": "sequence"})]:
+        one, other = example(name), example(name, batch=4, seq=7)
+        path = Path(folder) / f"{name}.yaml"
+        if dist.get_rank() == 0:
+            made = autotp.plan(one.model, one.args, one.kwargs, mesh=2, cluster=splitting_pays(), pins=pins)
+            made.save(path)
+            assert autotp.Plan.load(path) == made
+        dist.barrier()
+        many = autotp.parallelize(one.model, one.args, one.kwargs, plan=path)
+        for kwargs in (one.kwargs, other.kwargs):
+            assert_close(many(**kwargs).loss, one.model(**kwargs).loss, name)
+    program = trace(one.model, one.args, one.kwargs, dynamic=False)  # as the command line plans
+    fixed = make_plan(program, Request({"tp": 2}), splitting_pays(), "llama")
+    many = autotp.parallelize(one.model, one.args, one.kwargs, plan=fixed)
+    assert_close(many(**one.kwargs).loss, one.model(**one.kwargs).loss, "fixed sizes")
+    with pytest.raises(AutotpError, match="input_ids"):
+        many(**other.kwargs)
+
+
+def batch_norm() -> None:
+    """Buffers change in the forward and are needed in the backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 3)).double()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    many = autotp.parallelize(model, (x,), cluster=splitting_pays())
+    for _ in range(2):
+        found, wanted = many(x), model(x)
+        assert_close(found, wanted, "output")
+        found.square().mean().backward()
+        wanted.square().mean().backward()
+    for (key, parameter), mine in zip(model.named_parameters(), many.parameters(), strict=True):
+        assert_close(full_gradient(many, key, mine), parameter.grad, key)
+    after = many.full_state_dict()
+    for key, value in model.state_dict().items():
+        assert_close(after[key], value, key)
+
+
+def out_of_bounds() -> None:
+    """Ids and labels that one device refuses are refused, whatever the split."""
+    one = example("llama")
+    many = autotp.parallelize(one.model, one.args, one.kwargs, cluster=splitting_pays(), pins={"*.embed_tokens": "vocab"})
+    for key in ("input_ids", "labels"):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            many(**{**one.kwargs, key: one.kwargs[key] + 131})
 
 
 def refusals(folder: str) -> None:
@@ -140,7 +179,7 @@ def refusals(folder: str) -> None:
         autotp.parallelize(one.model, one.args, mesh=3)
     with pytest.raises(AutotpError, match="no module with weights"):
         autotp.parallelize(one.model, one.args, pins={"*.q_proj": "column"})
-    with pytest.raises(AutotpError, match=r"memory limit of 0\.00 GB per device cannot be kept: the least that would do"):
+    with pytest.raises(AutotpError, match=r"memory limit of 10 bytes per device cannot be kept: the least that would do"):
         autotp.parallelize(one.model, one.args, memory=10)
     path = Path(folder) / "other.yaml"
     if rank == 0:
@@ -150,6 +189,12 @@ def refusals(folder: str) -> None:
         autotp.parallelize(one.model, one.args, plan=path)
     with pytest.raises(AutotpError, match="cannot read the plan"):
         autotp.parallelize(one.model, one.args, plan=path if rank else Path(folder) / "missing.yaml")
+    with pytest.raises(AutotpError, match="leave one out"):
+        autotp.parallelize(one.model, one.args, plan=path, pins={"0": "row"})
+    torch.manual_seed(rank)
+    differs = nn.Sequential(nn.Linear(20, 31), nn.Linear(31, 20)).double()
+    with pytest.raises(AutotpError, match="weights"):
+        autotp.parallelize(differs, one.args)
     with pytest.raises(AutotpError, match="on rank 1"):
         autotp.parallelize(one.model, one.args if rank == 0 else (torch.zeros(3, 7, dtype=torch.float64),))
     several = torch.nn.Sequential(*one.model, torch.nn.Linear(20, 3)).double() if rank else one.model
@@ -166,7 +211,13 @@ def all_of(*checks: Any) -> None:
 def test_sizes_borders_saved_plans_and_refusals(tmp_path: Path) -> None:
     """One start of the ranks for several checks: starting costs more than checking."""
     folder = str(tmp_path)
-    run_ranks(all_of, 2, (other_sizes, ()), (declared_border, ()), (dropout, ()), (saved_plan, (folder,)), (refusals, (folder,)))
+    checks = [(check, ()) for check in (other_sizes, declared_border, dropout, batch_norm, out_of_bounds)]
+    run_ranks(all_of, 2, *checks, (saved_plan, (folder,)), (refusals, (folder,)))
+
+
+def test_the_model_is_a_module() -> None:
+    with pytest.raises(AutotpError, match="no torch"):
+        autotp.plan(torch.sin, (torch.ones(2),), mesh=2)
 
 
 def test_parallelize_needs_ranks() -> None:
@@ -207,6 +258,13 @@ def test_inference_has_no_backward() -> None:
     ("change", "message"),
     [
         ({"mesh": 0}, "whole sizes of at least 1"),
+        ({"mesh": 2.0}, "not understood"),
+        ({"mesh": None}, "not understood"),
+        ({"mesh": 2, "memory": "80GB"}, "positive number"),
+        ({"mesh": 2, "memory": float("nan")}, "positive number"),
+        ({"mesh": 2, "pins": ["a=column"]}, "write a dict"),
+        ({"mesh": 2, "pins": {3: "row"}}, "write a dict"),
+        ({"mesh": 2, "inputs": ["input_ids"]}, "write a dict"),
         ({"mesh": "2y4"}, "not understood"),
         ({"mesh": 2, "mode": "dream"}, "neither 'train' nor 'inference'"),
         ({"mesh": 2, "cluster": "dgx-h1000"}, "dgx-h100"),

@@ -81,6 +81,8 @@ def test_clusters(autotp: Any) -> None:
     assert (code, err) == (0, "")
     for name in cluster_names():
         assert name in out
+    assert out.startswith(" name ")
+    assert not out.endswith("\n\n")
     assert "dgx-h100 (default)  h100-sxm            8  NVLink 450 GB/s (up to 8), InfiniBand 50 GB/s" in out
 
 
@@ -91,6 +93,7 @@ def test_table(autotp: Any, model: str) -> None:
     assert "model.layers.0-2.mlp.up_proj" in out
     assert out.endswith("by default: --cluster dgx-h100 --mesh 8\n")
     assert "\x1b" not in out
+    assert "\n\n\n" not in out
 
 
 def test_json_to_a_file(autotp: Any, model: str, tmp_path: Path) -> None:
@@ -123,6 +126,43 @@ def test_callable(autotp: Any) -> None:
     assert code == 0
     assert "· batch 64\n" in out  # its second dim is no sequence
     assert "0-3.1" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "start"),
+    [
+        ("p.json", [], "{"),
+        ("p.yaml", [], "autotp_plan:"),
+        ("p.YML", [], "autotp_plan:"),
+        ("p.txt", [], "mlp · train"),
+        ("p.json", ["--format", "table"], "mlp · train"),
+    ],
+)
+def test_the_suffix_decides_the_format(autotp: Any, tmp_path: Path, name: str, options: list[str], start: str) -> None:
+    path = tmp_path / name
+    assert autotp("plan", f"{ROOT / 'examples' / 'mlp.py'}:mlp", "--mesh", 2, "--output", path, *options) == (0, "", "")
+    assert path.read_text().startswith(start)
+
+
+def test_a_model_that_prints_or_exits(autotp: Any, tmp_path: Path) -> None:
+    path = tmp_path / "loud.py"
+    lines = [
+        "import sys, torch",
+        "print('importing')",
+        "def loud():",
+        "    print('building')",
+        "    return torch.nn.Linear(8, 8), (torch.zeros(4, 8),)",
+        "def leaves():",
+        "    sys.exit(3)",
+    ]
+    path.write_text("\n".join(lines))
+    code, out, err = autotp("plan", f"{path}:loud", "--mesh", 2, "--format", "json")
+    assert (code, err) == (0, "importing\nbuilding\n")
+    assert json.loads(out)["model"] == "loud"
+    for command in ("plan", "verify"):
+        code, out, err = autotp(command, f"{path}:leaves", "--mesh", 2)
+        assert (code, out) == (2, "")
+        assert f"autotp: error: the code of {path}:leaves called sys.exit(3); it must return a model" in err
 
 
 def test_verify(autotp: Any, model: str) -> None:
@@ -167,7 +207,8 @@ def test_a_failed_verification_is_exit_code_1(autotp: Any, monkeypatch: pytest.M
         (["--mode", "infer"], "unknown mode `infer`; choose train or inference"),
         (["--format", "xml"], "unknown format 'xml'; choose table, yaml or json"),
         (["--memory", "80XB"], "the memory size '80XB' is not understood: write such as 80GB"),
-        (["--memory", "0"], "is not understood"),
+        (["--memory", "0"], "the memory size '0' must be positive"),
+        (["--memory", "-8GB"], "the memory size '-8GB' must be positive"),
         (["--pin", "q_proj"], "the pin 'q_proj' is not understood: write PATTERN=WORD"),
         (["--pin", "a=row", "--pin", "a=column"], "'a' is pinned to both 'row' and 'column'; keep one"),
         (["--output", "no/such/directory/plan.txt"], "there is no directory no/such/directory; give another --output"),
@@ -177,6 +218,12 @@ def test_a_failed_verification_is_exit_code_1(autotp: Any, monkeypatch: pytest.M
 )
 def test_wrong_options_are_refused_before_the_model_is_built(autotp: Any, options: list[str], sentence: str) -> None:
     assert sentence in refused(autotp("plan", "hf:nobody/nothing", *options))
+
+
+def test_a_file_that_is_no_cluster(autotp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("# Not a cluster\n")
+    assert refused(autotp("plan", "hf:nobody/nothing", "--cluster", "README.md")).startswith("the file README.md is no cluster")
 
 
 def test_unknown_models(autotp: Any) -> None:
@@ -249,7 +296,7 @@ def test_sizes(text: str, count: float) -> None:
     assert cli.parse_size(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "12 apples", "0.0GB"])
+@pytest.mark.parametrize("text", ["", "GB", "--1GB", "1e9", "12 apples", "0XB"])
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(AutotpError, match="is not understood"):
         cli.parse_size(text)

@@ -72,12 +72,23 @@ def test_the_hash_covers_decisions_and_not_prices() -> None:
         ("hello", "not an autotp plan"),
         ("autotp_plan: 99", "reads format 1"),
         ("autotp_plan: 1", "damaged"),
+        ("{autotp_plan: 1, model: m, mode: train, mesh: 3}", "damaged"),
     ],
 )
 def test_files_that_are_no_plans(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(AutotpError, match=message):
         Plan.load(tmp_path / "plan.yaml")
+
+
+def test_what_is_no_plain_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    write_whole("/dev/null", "x")
+    assert not Path("/dev/null").is_file()
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
 
 
 def test_missing_and_unwritable_files(tmp_path: Path) -> None:

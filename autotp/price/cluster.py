@@ -260,6 +260,8 @@ def _cluster_path(name_or_path: str | Path) -> Path:
             raise AutotpError(f"no cluster file {path}: give the path of a YAML file, or run `autotp clusters`")
         return path
     names = cluster_names()
+    if text not in names and Path(text).is_file():
+        raise AutotpError(f"the file {text} is no cluster: give a YAML file (.yaml or .yml) or a name from `autotp clusters`")
     if text not in names:
         raise AutotpError(f"unknown cluster {text!r}{_nearest(text, names)}; run `autotp clusters` for the list")
     return cost_models_dir() / "clusters" / f"{text}.yaml"

@@ -8,25 +8,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autotp import _torch
 from autotp.rules.language import Call, Local, LocalStart, Rule, bind
 from autotp.rules.registry import rule_for
 
 
-def masked_embedding(weight: Tensor, ids: Tensor, start: int, padding_idx: int = -1) -> Tensor:
-    """The rows of `weight`, which holds ids [start, start + len(weight)) of the table; zeros for other ids."""
+def masked_embedding(weight: Tensor, ids: Tensor, start: int, rows: int, padding_idx: int = -1) -> Tensor:
+    """The rows of `weight`, which holds ids [start, start + len(weight)) of a table of `rows` rows; zeros for other ids.
+
+    Raises:
+        RuntimeError: an id is not in the table (on a GPU when the device is next synchronised).
+    """
+    _torch.assert_all((ids >= 0) & (ids < rows), "an id of the embedding is out of bounds")
     here = (ids >= start) & (ids < start + weight.shape[0])
     if weight.shape[0] == 0:
         return weight.new_zeros((*ids.shape, weight.shape[1])) + weight.sum()
     padding = padding_idx - start if start <= padding_idx < start + weight.shape[0] else None
-    rows = functional.embedding((ids - start).where(here, 0), weight, padding)
-    return rows * here.unsqueeze(-1)
+    found = functional.embedding((ids - start).where(here, 0), weight, padding)
+    return found * here.unsqueeze(-1)
 
 
 def _local_embedding(local: Local) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     split = local.operand_split(0, 0)
     if split is None:
         return local.target, local.args, local.kwargs
-    return masked_embedding, (*local.args[:2], LocalStart(split), local.call.argument(2, "padding_idx", -1)), {}
+    rows = local.call.tensors[0].shape[0]
+    return masked_embedding, (*local.args[:2], LocalStart(split), rows, local.call.argument(2, "padding_idx", -1)), {}
 
 
 @rule_for("aten.embedding.default")

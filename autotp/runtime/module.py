@@ -82,6 +82,8 @@ class ParallelModule(Container):
             raise AutotpError(f"a value is given for '{unknown[0]}', which is no state of the graph; leave it out")
         self._held = tuple(held[spec.name] for spec in sharded.state)
         self._updated = tuple(held[name].leaf for name in sharded.updates)
+        for name in sharded.updates:
+            held[name].changes = True
         self._arguments = Arguments(sharded, self._device, signature)
         self._outputs: list[Any] = [sharded.out_constants.get(i) for i in range(sharded.out_spec.num_leaves)]
         self._places = tuple(spec.position for spec in sharded.outputs)
@@ -106,7 +108,9 @@ class ParallelModule(Container):
                 f"or make the model parallel again after .{modes[1]}()"
             )
         inputs = self._arguments.match(args, kwargs)
-        results = self._run(*[slot.read() for slot in self._held], *inputs)
+        # what autograd keeps of a buffer that changes below must keep its old values
+        state = [slot.read().clone() if slot.changes else slot.read() for slot in self._held]
+        results = self._run(*state, *inputs)
         leaves = self._outputs.copy()
         for position, value in zip(self._places, results, strict=False):
             leaves[position] = value
@@ -183,6 +187,7 @@ class _Slot:
         self.owner, self.key, self.spec, self.shown, self.leaf = owner, key, spec, shown, leaf
         self.local = local_of(shown) if isinstance(shown, DTensor) else None
         self.frozen = leaf.detach() if leaf.requires_grad else leaf
+        self.changes = False
 
     def read(self) -> Tensor:
         """What the graph computes with: the leaf, or its values alone where users froze the parameter."""
