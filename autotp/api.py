@@ -15,7 +15,7 @@ from autotp.errors import AutotpError
 from autotp.mesh import parse_mesh
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
-from autotp.price.cluster import Cluster, load_cluster
+from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
 from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values, weights_digest
 from autotp.rewrite import rewrite
 from autotp.runtime.agreement import agree, share, together
@@ -24,7 +24,6 @@ from autotp.runtime.random import seed_module
 from autotp.trace import trace
 
 Mesh = int | Sequence[int] | Mapping[str, int] | DeviceMesh
-DEFAULT_CLUSTER = "dgx-h100"
 
 
 def plan(

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autotp.errors import AutotpError
+from autotp.price.cluster import DEFAULT_CLUSTER
 
 if TYPE_CHECKING:
     from autotp.plans import Plan
     from autotp.price.cluster import Cluster
     from autotp.verify import VerifyReport
 
-DEFAULT_CLUSTER = "dgx-h100"
 DEFAULT_MESH = "8"
 FORMATS = ("table", "yaml", "json")
 SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from autotp.formulate import Border, Formulation, border_tensors, home_of, state_bytes
 from autotp.layouts import COLLECTIVES, Layout, Move
@@ -124,9 +125,7 @@ def describe(
     first = next((n.outputs[0] for n in program.nodes if n.kind == "input"), None)
     inputs = first.hint if first else ()
     of_tokens = first is not None and len(inputs) == 2 and not first.dtype.is_floating_point
-    ranks = 1
-    for size in space.mesh:
-        ranks *= size
+    ranks = prod(space.mesh)
     return Plan(
         model=model,
         mode=mode,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from math import prod
 from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -147,9 +148,7 @@ def _layout(where: str, declaration: Declaration, program: Program, ref: Ref, ax
             raise AutotpError(f"{where} splits dim {dim!r} over {name}, but the tensor has {len(shape)} dims")
         kinds[axis] = "S"
         dims.setdefault(dim % len(shape), []).append(axis)
-    parts = 1
-    for size in axes.values():
-        parts *= size
+    parts = prod(axes.values())
     splits = tuple(Split(dim, tuple(on), simplify_cut(plain_cut(shape[dim]), parts)) for dim, on in sorted(dims.items()))
     return Layout(tuple(kinds), splits) if kinds.count("I") < len(kinds) else uniform("I", len(kinds))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from autotp.check import check
@@ -64,9 +65,9 @@ def make_plan(program: Program, request: Request, cluster: Cluster, model: str) 
     Raises:
         AutotpError: a pin, a border declaration or the memory limit cannot be kept.
     """
-    if cluster.max_devices is not None and _ranks(request.mesh) > cluster.max_devices:
+    if cluster.max_devices is not None and prod(request.mesh) > cluster.max_devices:
         raise AutotpError(
-            f"the mesh {dict(request.axes)} needs {_ranks(request.mesh)} devices, but {cluster.name} has {cluster.max_devices}"
+            f"the mesh {dict(request.axes)} needs {prod(request.mesh)} devices, but {cluster.name} has {cluster.max_devices}"
         )
     program = for_mode(program, request.mode)
     space, border = prepare(program, request)
@@ -168,10 +169,3 @@ def for_mode(program: Program, mode: str) -> Program:
 def _owner(space: Space, position: int) -> Ref:
     ref = space.program.outputs[position]
     return Ref(space.folding.representative[ref.node], ref.output)
-
-
-def _ranks(mesh: tuple[int, ...]) -> int:
-    total = 1
-    for size in mesh:
-        total *= size
-    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -52,9 +53,7 @@ def device_mesh_of(mesh: Any) -> DeviceMesh:
         return mesh
     world = dist.get_world_size()
     axes = parse_mesh(world if mesh is None else mesh)
-    places = 1
-    for size in axes.values():
-        places *= size
+    places = prod(axes.values())
     if places != world:
         raise AutotpError(f"the mesh {axes} has {places} places, but {world} ranks are running: the two must be equal")
     device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from math import prod
 
 import torch
 
@@ -86,15 +87,12 @@ def build_space(
             places = {(False, i): slots[index, False, i] for i in range(len(node.inputs))}
             places |= {(True, i): slots[index, True, i] for i in range(len(node.outputs))}
             bound.append((rule, places))
-    parts = 1
-    for size in mesh:
-        parts *= size
     border = [
         (Ref(folding.representative[ref.node], ref.output), split.dim, split.cut)
         for ref, layout in declared.items()
         for split in layout.splits
     ]
-    cuts = candidate_cuts(bound, parts, border)
+    cuts = candidate_cuts(bound, prod(mesh), border)
     strategies = {}
     for index in folding.members:
         node = program.nodes[index]

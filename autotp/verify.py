@@ -14,7 +14,7 @@ from autotp.equality import compare
 from autotp.errors import AutotpError
 from autotp.interpret import run
 from autotp.planning import Request, adopt, make_plan, prepare, traced_sizes
-from autotp.price.cluster import Cluster, load_cluster
+from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
 from autotp.price.conversion import ConversionPrices
 from autotp.program import Program
 from autotp.random_plans import random_plan
@@ -111,7 +111,7 @@ def verify(
     state = _state(loaded.model, program)
     checks = [_eager_check(loaded.model, program, loaded.args, loaded.kwargs, seed, "eager and traced")]
     checks.append(_other_sizes(spec, loaded.model, program, loaded.batch, loaded.seq, seed))
-    request, cluster = Request(axes), cluster_where_splitting_pays(load_cluster("dgx-h100"))
+    request, cluster = Request(axes), cluster_where_splitting_pays(load_cluster(DEFAULT_CLUSTER))
     plan = make_plan(program, request, cluster, loaded.name)
     space, decisions = adopt(program, request, plan)
     found = compare(space, decisions, state, loaded.args, loaded.kwargs, seed=seed)

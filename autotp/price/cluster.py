@@ -27,6 +27,8 @@ BYTES = {"bytes": 1.0, "gb": 1e9, "gib": 2.0**30}
 BYTES_PER_SECOND = {"gb_per_s": 1e9, "tb_per_s": 1e12, "gbit_per_s": 1e9 / 8}
 SECONDS = {"us": 1e-6, "ns": 1e-9, "ms": 1e-3}
 T = TypeVar("T")
+DEFAULT_CLUSTER = "dgx-h100"
+"""What plans are for where nothing else is said."""
 PEAKS = ("fp64", "fp32", "bf16", "fp16", "fp8", "int8")
 
 
