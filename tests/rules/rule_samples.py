@@ -380,7 +380,7 @@ TARGET = torch.tensor([0, 6, 3, -100, 4])
 SAMPLES["autotp.losses.row_maximum"] = [call(LOGITS), call(real(3, 10))]
 SAMPLES["autotp.losses.sum_exp"] = [call(LOGITS, MAXIMUM)]
 SAMPLES["autotp.losses.pick"] = [call(LOGITS, TARGET), call(real(3, 10), integers(3, below=10))]
-SAMPLES["autotp.losses.rows_of_loss"] = [call(positive(5), MAXIMUM, real(5), TARGET, -100)]
+SAMPLES["autotp.losses.rows_of_loss"] = [call(positive(5), MAXIMUM, real(5), TARGET, -100, 7)]
 
 # fmt: on
 
