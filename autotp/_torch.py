@@ -16,7 +16,6 @@ tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
 tree_map_only = pytree.tree_map_only
 tree_flatten_with_path = pytree.tree_flatten_with_path
-AttributeKey = pytree.GetAttrKey
 TreeSpec = pytree.TreeSpec
 
 GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled

@@ -102,14 +102,12 @@ def parallelize(
         AutotpError: on every rank alike, so that none is left waiting.
     """
     check_ranks(mesh)
-    if plan is not None and not isinstance(plan, (Plan, str, Path)):
-        raise AutotpError(f"plan is {plan!r}; pass a Plan, or the file that one was saved to")
-    if plan is not None and (cluster is not None or memory is not None or pins is not None):
-        raise AutotpError("a plan is given together with cluster, memory or pins, which only a new plan can follow: leave one out")
+    together(lambda: _check_plan(plan, alone=cluster is None and memory is None and pins is None))
     given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan))
     device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
     device = torch.device(device_mesh.device_type)
-    request = Request(parse_mesh(device_mesh), given.mode if given else mode, memory, pins, inputs, outputs)
+    axes, mode = parse_mesh(device_mesh), given.mode if given else mode
+    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs))
     program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
     name = type(model).__name__
     made = attempt(lambda: make_plan(program, request, _cluster(cluster, device), name)) if is_first() and given is None else None
@@ -132,6 +130,13 @@ def parallelize(
             trained_mode=mode_of_graph(model, program),
         )
     )
+
+
+def _check_plan(plan: Plan | str | Path | None, *, alone: bool) -> None:
+    if plan is not None and not isinstance(plan, (Plan, str, Path)):
+        raise AutotpError(f"plan is {plan!r}; pass a Plan, or the file that one was saved to")
+    if plan is not None and not alone:
+        raise AutotpError("a plan is given together with cluster, memory or pins, which only a new plan can follow: leave one out")
 
 
 def _cluster(cluster: str | Path | Cluster | None, device: torch.device) -> Cluster:

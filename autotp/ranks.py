@@ -16,6 +16,7 @@ from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.mesh import parse_mesh
 from autotp.program import Program
+from autotp.runtime.agreement import together
 
 T = TypeVar("T")
 
@@ -52,12 +53,17 @@ def device_mesh_of(mesh: Any) -> DeviceMesh:
     if isinstance(mesh, DeviceMesh):
         return mesh
     world = dist.get_world_size()
+    axes = together(lambda: _axes_of(mesh, world))
+    device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+    return init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def _axes_of(mesh: Any, world: int) -> dict[str, int]:
     axes = parse_mesh(world if mesh is None else mesh)
     places = prod(axes.values())
     if places != world:
         raise AutotpError(f"the mesh {axes} has {places} places, but {world} ranks are running: the two must be equal")
-    device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
-    return init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return axes
 
 
 def attempt(step: Callable[[], T]) -> T | BaseException:

@@ -24,7 +24,7 @@ from autotp.trace import trace
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Greatest error that rounding explains, by the narrowest floating dtype in the graph; 5e-2 for 16-bit ones."""
 
-BATCH, SEQUENCE = 2, 16
+BATCH = 2
 OTHER_SIZES = (1, 3)
 """How many more sequences, and tokens per sequence, the traced graph is run on to see that its sizes may change."""
 

@@ -191,6 +191,8 @@ def refusals(folder: str) -> None:
         autotp.parallelize(one.model, one.args, plan=path if rank else Path(folder) / "missing.yaml")
     with pytest.raises(AutotpError, match="leave one out"):
         autotp.parallelize(one.model, one.args, plan=path, pins={"0": "row"})
+    with pytest.raises(AutotpError, match=r"positive number.*on rank 1"):
+        autotp.parallelize(one.model, one.args, memory=-1 if rank else None)
     torch.manual_seed(rank)
     differs = nn.Sequential(nn.Linear(20, 31), nn.Linear(31, 20)).double()
     with pytest.raises(AutotpError, match="weights"):
