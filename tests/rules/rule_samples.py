@@ -2,62 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
-from torch import Tensor
-
-from autotp import losses
-from autotp.rules import RULES
-
-RANDOM = torch.Generator().manual_seed(0)
-INFINITY = float("inf")
-
-
-class Sample(NamedTuple):
-    """One call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def call(*args: Any, **kwargs: Any) -> Sample:
-    """A call with these arguments."""
-    return Sample(args, kwargs)
-
-
-def real(*shape: int) -> Tensor:
-    """Normal numbers."""
-    return torch.randn(shape, generator=RANDOM, dtype=torch.float64)
-
-
-def positive(*shape: int) -> Tensor:
-    """Numbers between 0.1 and 0.9, all different."""
-    return torch.rand(shape, generator=RANDOM, dtype=torch.float64) * 0.8 + 0.1
-
-
-def integers(*shape: int, below: int = 5) -> Tensor:
-    """Numbers from 0 to below − 1."""
-    return torch.randint(below, shape, generator=RANDOM)
-
-
-def booleans(*shape: int) -> Tensor:
-    """Half of them True."""
-    return torch.rand(shape, generator=RANDOM) < 0.5
-
-
-def each(names: str, *samples: Sample) -> dict[str, list[Sample]]:
-    """The same samples for several operators of `aten`."""
-    return {f"aten.{name}": list(samples) for name in names.split()}
-
-
-def target_of(name: str) -> Any:
-    """The operator, or the function of `autotp.rules.loss`, that a name in the table means."""
-    if name.startswith("autotp.losses."):
-        return getattr(losses, name.rpartition(".")[2])
-    namespace, packet, overload = name.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-
+from sampling import INFINITY, SAMPLES, add, booleans, call, each, integers, positive, real
 
 ONE_OPERAND = """
     abs.default atan.default ceil.default celu.default cos.default cosh.default elu.default erf.default erfc.default exp.default
@@ -82,15 +28,6 @@ BITS = "__and__.Tensor __or__.Tensor __xor__.Tensor bitwise_and.Tensor bitwise_o
 
 PREDICATE = booleans(3, 5)
 SEGMENTS = integers(2, 5, below=7)
-
-SAMPLES: dict[str, list[Sample]] = {}
-
-
-def add(table: dict[str, list[Sample]]) -> None:
-    """Join a table to `SAMPLES`; an operator may stand in several."""
-    for name, found in table.items():
-        SAMPLES.setdefault(name, []).extend(found)
-
 
 # fmt: off
 # elementwise
@@ -383,8 +320,3 @@ SAMPLES["autotp.losses.pick"] = [call(LOGITS, TARGET), call(real(3, 10), integer
 SAMPLES["autotp.losses.rows_of_loss"] = [call(positive(5), MAXIMUM, real(5), TARGET, -100, 7)]
 
 # fmt: on
-
-
-def missing() -> list[str]:
-    """Operators of the table without a sample."""
-    return sorted(set(RULES) - set(SAMPLES))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from rule_samples import SAMPLES, Sample, missing, target_of
+from all_samples import SAMPLES
+from sampling import Sample, missing, target_of
 
 from autotp.prove import Proof, prove_rule
 from autotp.rules import RULES

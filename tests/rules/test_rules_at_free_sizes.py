@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from rule_samples import SAMPLES, Sample, target_of
+from all_samples import SAMPLES
+from sampling import Sample, target_of
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from rule_samples import Sample, target_of
+from sampling import Sample, target_of
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo

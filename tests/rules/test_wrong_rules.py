@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from rule_samples import PREDICATE, SAMPLES, Sample, call, integers, positive, real, target_of
+from all_samples import SAMPLES
+from rule_samples import PREDICATE
+from sampling import Sample, call, integers, positive, real, target_of
 
 from autotp.errors import AutotpError
 from autotp.prove import prove_rule
