@@ -12,15 +12,22 @@ if TYPE_CHECKING:
     from autotp.errors import AutotpError
     from autotp.plans import Plan
     from autotp.price.cluster import Cluster, load_cluster
-    from autotp.prove import prove_rule
-    from autotp.rules import bind, rule, rule_for
+    from autotp.prove import Proof, prove_rule
+    from autotp.rules import Call, Rule, bind, rule, rule_for
+    from autotp.rules.language import Local, LocalSize, LocalStart
     from autotp.runtime.module import ParallelModule
 
 _HOMES = {
     "AutotpError": "autotp.errors",
+    "Call": "autotp.rules",
     "Cluster": "autotp.price.cluster",
+    "Local": "autotp.rules.language",
+    "LocalSize": "autotp.rules.language",
+    "LocalStart": "autotp.rules.language",
     "ParallelModule": "autotp.runtime.module",
     "Plan": "autotp.plans",
+    "Proof": "autotp.prove",
+    "Rule": "autotp.rules",
     "bind": "autotp.rules",
     "load_cluster": "autotp.price.cluster",
     "parallelize": "autotp.api",
@@ -32,9 +39,15 @@ _HOMES = {
 
 __all__ = [
     "AutotpError",
+    "Call",
     "Cluster",
+    "Local",
+    "LocalSize",
+    "LocalStart",
     "ParallelModule",
     "Plan",
+    "Proof",
+    "Rule",
     "bind",
     "load_cluster",
     "parallelize",

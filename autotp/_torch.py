@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
@@ -84,9 +86,87 @@ def functional_variant(target: torch._ops.OpOverload) -> torch._ops.OpOverload |
     return variant if [arg.name for arg in ours[1:]] == [arg.name for arg in theirs[1:]] else None
 
 
+def overload_of_custom_op(op: Any) -> Any:
+    """The overload that `torch.library.custom_op` defined; anything else as it is."""
+    from torch._library.custom_ops import CustomOpDef
+
+    return op._opoverload if isinstance(op, CustomOpDef) else op
+
+
+def fill_compiler_tables() -> None:
+    """Let the compiler note the functions that it knows, as an export does anyway, before one of them is replaced for a while."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.get_torch_obj_rule_map()
+
+
+def is_vmap(target: Any) -> bool:
+    """Whether a function in a traced graph opens or closes a `torch.vmap`."""
+    return getattr(target, "__module__", "") == "torch._functorch.predispatch"
+
+
 def is_random(target: Any) -> bool:
-    """Whether two calls with equal arguments may differ; a plain function is taken to be deterministic."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    """Whether two calls with equal arguments may differ; a plain function is deterministic unless its `random` says not."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return bool(getattr(target, "random", False))
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def is_traced(leaves: Iterable[Any]) -> bool:
+    """Whether an export records what is done to these values now."""
+    return get_proxy_mode() is not None and any(isinstance(leaf, FakeTensor) for leaf in leaves)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """A context in which an export that is under way records nothing."""
+    with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        yield
+
+
+class OperandWatch(TorchDispatchMode):
+    """Sees whether operators inside read tensors other than `given` and what is made of them, or draw random numbers."""
+
+    def __init__(self, given: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = list(given)
+        self.keys = {storage_key(tensor) for tensor in self.known}
+        self.foreign = self.random = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the operands, then run the operator."""
+        operands = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        lifted = func is torch.ops.aten.lift_fresh.default
+        self.foreign |= not lifted and any(storage_key(operand) not in self.keys for operand in operands)
+        self.random |= is_random(func)
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        self.known += made  # alive, so that no other tensor gets their keys
+        self.keys.update(map(storage_key, made))
+        return result
+
+
+@contextmanager
+def operator_library() -> Iterator[torch.library.Library]:
+    """A place for operators that exist for the time of one trace."""
+    library = torch.library.Library("autotp_trace", "FRAGMENT")
+    try:
+        yield library
+    finally:
+        library._destroy()
+
+
+def define_operator(library: torch.library.Library, number: int, outputs: Sequence[torch.Tensor]) -> Any:
+    """A new operator of tensors and sizes, which in a trace gives new tensors like `outputs`."""
+    name = f"call_{id(library)}_{number}"
+    library.define(f"{name}(Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
+    likes = [(tuple(out.shape), tuple(out.stride()), out.dtype, out.device) for out in outputs]
+
+    def fake(tensors: list[torch.Tensor], sizes: list[Any]) -> list[torch.Tensor]:
+        return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in likes]
+
+    library._register_fake(name, fake)
+    return getattr(torch.ops.autotp_trace, name).default
 
 
 def expression(number: Any) -> Any:
@@ -152,3 +232,21 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 def assert_all(condition: torch.Tensor, message: str) -> None:
     """Raise RuntimeError unless every element is true, without making the host wait for a GPU."""
     torch._assert_async(condition.all(), message)
+
+
+def is_composite(target: torch._ops.OpOverload) -> bool:
+    """Whether PyTorch composes the operator of others, on every device and for autograd, without writing to its inputs."""
+    name, key = target.name(), "CompositeImplicitAutograd"
+    known = torch._C._dispatch_has_kernel(name)  # not so for the overloads on plain numbers
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, key) and not target._schema.is_mutable
+
+
+def traced_call(function: Callable[..., Any], values: list[Any]) -> torch.fx.Graph:
+    """The graph of the basic operators that `function` calls on fake tensors and sizes; each node holds its value as `meta["val"]`."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = fake_mode_of(value for value in values if isinstance(value, torch.Tensor))
+    with torch.no_grad(), mode or new_fake_mode():
+        graph = make_fx(function)(*values).graph
+    graph.eliminate_dead_code()
+    return graph

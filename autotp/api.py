@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autotp.eager_check import confirm
 from autotp.errors import AutotpError
 from autotp.mesh import parse_mesh
 from autotp.planning import Request, adopt, make_plan
@@ -78,6 +79,7 @@ def parallelize(
     pins: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
+    check: bool | None = None,
 ) -> ParallelModule:
     """The same model, running in parallel on all ranks of `mesh`. Every rank calls this with the same model and arguments.
 
@@ -94,6 +96,8 @@ def parallelize(
             cannot be given beside it.
         cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
         args, kwargs, mode, memory, pins, inputs, outputs: as for `plan`.
+        check: run the model once and compare outputs and gradients with its trace, on rank 0, before anything else. By default
+            where that takes seconds: real weights on one device, at most 300 million parameters; True: at any size; False: never.
 
     Returns:
         A trainable module with the names and parameters of `model`, the parameters as DTensors.
@@ -109,6 +113,8 @@ def parallelize(
     axes, mode = parse_mesh(device_mesh), given.mode if given else mode
     request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs))
     program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
+    gradient = request.mode == "train"
+    share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check)) if is_first() else None)
     name = type(model).__name__
     made = attempt(lambda: make_plan(program, request, _cluster(cluster, device), name)) if is_first() and given is None else None
     decided = given or cast(Plan, share(made))
@@ -116,7 +122,7 @@ def parallelize(
     agree(decided.hash, "the plan")
     agree(together(lambda: weights_digest(model)), "the model's weights (seed all ranks alike, or load the same checkpoint)")
     coordinate = tuple(device_mesh.get_coordinate() or ())
-    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=request.mode == "train", device=device))
+    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device))
     seed_module(sharded.graph, share(int(torch.randint(2**62, ()))))
     return together(
         lambda: ParallelModule(

@@ -25,12 +25,12 @@ import sympy
 import torch
 
 from autotp.errors import AutotpError
-from autotp.layouts import MOVES, Layout, Range, Split, at_sizes, merge_ranges, piece, uniform
+from autotp.layouts import MOVES, Layout, Range, SortedCut, Split, at_sizes, cut_size, merge_ranges, piece, uniform
 from autotp.mesh import output_names
 from autotp.plans import ConversionPlan, NodePlan, Plan, code_of, layout_of
 from autotp.program import Node, Program, Ref, Size, TensorType, map_refs
 from autotp.rules import Rule, call_of, rule_of
-from autotp.rules.language import Use
+from autotp.rules.language import Part, SortedRows, Use
 from autotp.strategies import Space
 
 Place = tuple[str, int]
@@ -101,9 +101,24 @@ class _Context:
             other = {symbol: value + step for symbol, value in traced.items()}
             uneven = step > parts or all(value % parts for value in other.values())
             within = all(most is None or other.get(s, 0) <= most for s, (_, most) in self.program.ranges.items())
-            if uneven and within and all(size.subs(other).is_Integer for size in sizes):
+            if uneven and within and all(size.subs(other).is_Integer for size in sizes) and self.fits(other):
                 return [traced, other]
         return [traced]
+
+    def fits(self, values: Mapping[Size, int]) -> bool:
+        """Whether the operators take these sizes: every dim is as large as its factors (a trace may hold for even sizes alone)."""
+        for index, rule in self.space.rules.items():
+            if rule is None:
+                continue
+            node = self.program.nodes[index]
+            tensors = (*map(self.program.type_of, node.inputs), *node.outputs)
+            for tensor, dims in zip(tensors, (*rule.operands, *rule.outputs), strict=True):
+                for size, content in zip(tensor.shape, dims, strict=True):
+                    if isinstance(content, (Part, SortedRows)):
+                        continue
+                    if _value(size, values) != prod(_value(rule.factors[name], values) for name in content):
+                        return False
+        return True
 
     def owner(self, ref: Ref) -> Ref:
         """The tensor that stands for this one."""
@@ -149,7 +164,7 @@ class _Context:
             if kind in "PM" and tensor.dtype == torch.bool:
                 _fail(f"{where} is {kind} on {self.axis(axis)}, expected I or S, because booleans cannot be reduced")
         for split, values in product(layout.splits, self.valuations):
-            covered = sum(prod(_value(size, values) for size in segment) for segment in split.cut)
+            covered = cut_size(at_sizes(Layout(layout.kinds, (split,)), values).splits[0].cut)
             size = _value(tensor.shape[split.dim], values)
             if covered != size:
                 _fail(f"{where} is {layout}, whose cut covers {covered} elements of dim {split.dim}, expected {size}")
@@ -334,10 +349,36 @@ def _pieces_fault(context: _Context, rule: Rule, slots: Sequence[_Slot], choice:
             use = use._replace(outer=_value(use.outer, values), inner=_value(use.inner, values), part=part)
             uses.append((use, split, slot.words))
         size = _value(rule.factors[factor], values)
+        sorted_words = _sorted_fault(uses)
+        if sorted_words is not None:
+            return f"with factor `{factor}` split on {context.axis(*axes)}, {sorted_words}"
+        uses = [(use, _unsorted(split), words) for use, split, words in uses if not (use.is_whole_dim and _is_sorted(split))]
         for coordinate in product(*(range(count) if axis in axes else (0,) for axis, count in enumerate(mesh))):
             fault = _rank_fault(uses, size, mesh, coordinate, factor in rule.special)
             if fault:
                 return f"with factor `{factor}` split on {context.axis(*axes)}, {fault} on the rank at {coordinate}"
+    return None
+
+
+def _is_sorted(split: Split) -> bool:
+    return isinstance(split.cut, SortedCut)
+
+
+def _unsorted(split: Split) -> Split:
+    """The split of the slots or keys by which rows are split."""
+    return replace(split, cut=split.cut.cut) if isinstance(split.cut, SortedCut) else split
+
+
+def _sorted_fault(uses: Sequence[tuple[Use, Split, str]]) -> str | None:
+    """Which dim's rows are not those that its factor, or the factor's other dims, say; None if all are."""
+    plain = {split.cut for use, split, _ in uses if use.is_whole_dim and _is_sorted(split)}
+    for use, split, words in uses:
+        found = (split.cut.by, split.cut.order) if isinstance(split.cut, SortedCut) else None
+        wanted = (use.rows.by, use.rows.order) if use.rows else None
+        if plain and (use.rows or {split.cut} != plain):
+            return f"{words} does not hold the same sorted rows as the other tensors"
+        if not plain and found != wanted:
+            return f"{words} holds rows of {found or 'no order'}, expected {wanted or 'no order'}"
     return None
 
 
@@ -346,6 +387,8 @@ def _rank_fault(
 ) -> str | None:
     """What is wrong with the pieces that one rank holds of a factor of `size` elements, or None."""
     held = [piece(split, mesh, coordinate) for _, split, _ in uses]
+    if not uses:
+        return None
     share = _share([use for use, _, _ in uses], held, size)
     if contiguous and len(share) > 1:
         return f"{uses[0][2]} holds elements {_show(share)}, expected one contiguous piece"

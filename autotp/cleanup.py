@@ -19,10 +19,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from autotp import _torch
+from autotp.autograd_functions import FunctionCalls
+from autotp.collector import Call
+from autotp.composites import write_out
 from autotp.errors import AutotpError
-from autotp.functional import make_functional, site_of, where
-from autotp.program import Node, Program, Ref, Size, TensorType, map_refs
-from autotp.simplify import DIFFERENTIABLE_OUTPUTS, REWRITES, STOPS_GRADIENT, Call
+from autotp.functional import make_functional, running_statistics, site_of, where
+from autotp.grouping import group_by_key
+from autotp.program import Node, Program, Ref, Size, TensorType, collect_refs, map_refs
+from autotp.simplify import REWRITES, STOPS_GRADIENT
 from autotp.sizes import Sizes
 
 Kind = Literal["parameter", "buffer", "constant", "input", "op"]
@@ -35,7 +39,13 @@ KINDS: Mapping[InputKind, Kind] = {
 }
 
 
-def to_program(exported: ExportedProgram, model: torch.nn.Module, leaves: list[Any], names: tuple[str, ...]) -> Program:
+def to_program(
+    exported: ExportedProgram,
+    model: torch.nn.Module,
+    leaves: list[Any],
+    names: tuple[str, ...],
+    functions: FunctionCalls | None = None,
+) -> Program:
     """Clean up an exported model.
 
     Args:
@@ -43,13 +53,15 @@ def to_program(exported: ExportedProgram, model: torch.nn.Module, leaves: list[A
         model: the exported model, for the names of its parameters and buffers, their ties and `requires_grad`.
         leaves: the flattened example inputs, in the order of `exported.call_spec.in_spec`.
         names: their names.
+        functions: the custom autograd Functions among the operators.
 
     Raises:
         AutotpError: a size that depends on tensor values, an operator that is not an ordinary one, a parameter that is
             overwritten.
     """
+    write_out(exported.graph)
     exported, renamed = make_functional(exported)
-    builder = Builder(exported, model, names, renamed)
+    builder = Builder(exported, model, names, renamed, functions or FunctionCalls())
     builder.add_inputs(leaves)
     builder.add_left_out()
     for node in exported.graph.nodes:
@@ -79,8 +91,10 @@ class Builder:
         model: torch.nn.Module,
         names: tuple[str, ...],
         renamed: dict[fx.Node, list[fx.Node]] | None,
+        functions: FunctionCalls,
     ) -> None:
         self.exported = exported
+        self.functions = functions
         self.names = names
         self.renamed = renamed or {}
         self.merged: dict[Any, Any] | None = {} if renamed is None else None
@@ -193,16 +207,28 @@ class Builder:
             assert functional is not None
             target = functional
         args, kwargs = tuple(self.convert(arg) for arg in node.args), self.convert(node.kwargs)
+        target, args, kwargs = self.functions.call_of(target, args) or (target, args, kwargs)
         path, line = site_of(node)
         if not path and "nn_module_stack" not in node.meta:
             first = next((arg for arg in args if isinstance(arg, Ref)), None)
             path = self.nodes[first.node].path if first is not None else ""
         several = not isinstance(value, torch.Tensor)
         outputs = tuple(self.output(item) for item in (value if several else (value,)))
-        self.env[node] = result = self.emit(Call(node.name, target, args, kwargs, outputs, several, path, line))
+        device = value.device if isinstance(value, torch.Tensor) else None
+        result = self.emit(Call(node.name, target, args, kwargs, outputs, several, path, line, device))
+        if written := running_statistics(node):
+            result, *statistics = result
+            self.env.update(self.rebound(written, statistics))
+        self.env[node] = result
         for alias in aliases or ():
             if alias in self.env:
                 self.env[alias] = result
+
+    def rebound(self, written: tuple[fx.Node, ...], values: list[Ref]) -> dict[fx.Node, Ref]:
+        """What names tensors that an operator has updated on the side, and the inputs tied to them, from there on."""
+        named = dict(zip(written, values, strict=True))
+        tied = [(node, value) for item, value in named.items() for node, _ in self.inputs if self.env[node] == self.env[item]]
+        return named | dict(tied)
 
     def output(self, value: Any) -> TensorType:
         """The type of an output before its gradient is known; of an empty tensor for an output that is no tensor."""
@@ -225,7 +251,7 @@ class Builder:
         rewrite = REWRITES.get(call.target)
         if rewrite is not None:
             simpler = rewrite(self, call)
-            if isinstance(simpler, Ref):
+            if isinstance(simpler, (Ref, tuple)):
                 return simpler
             call = simpler
         key = None
@@ -235,8 +261,8 @@ class Builder:
                 return self.merged[key]
         outputs = call.outputs
         if call.target not in STOPS_GRADIENT and any(self.type(ref).requires_grad for ref in _refs(call)):
-            carrying = DIFFERENTIABLE_OUTPUTS.get(call.target, len(outputs))
-            outputs = tuple(map(self.with_gradient, outputs[:carrying])) + outputs[carrying:]
+            can = getattr(call.target, "differentiable", [True] * len(outputs))
+            outputs = tuple(self.with_gradient(out) if yes else out for out, yes in zip(outputs, can, strict=True))
         index = self.append(call.name, "op", call.target, outputs, call)
         result = tuple(Ref(index, output) for output in range(len(outputs))) if call.several else Ref(index)
         if self.merged is not None and key is not None:
@@ -252,6 +278,7 @@ class Builder:
     def finish(self) -> Program:
         """Read outputs and updates, drop dead nodes, number the rest."""
         outputs, updates = self.results()
+        self.nodes = group_by_key(self.nodes)
         live = self.live([item for item in outputs if isinstance(item, Ref)] + [ref for _, ref in updates])
         self.check_sizes(live)
         order = self.order(live)
@@ -376,7 +403,9 @@ def _flat(items: Iterable[Any]) -> list[Any]:
 
 def _refs(call: Call) -> list[Ref]:
     """Every tensor operand of a call."""
-    return [item for item in _flat((*call.args, *call.kwargs.values())) if isinstance(item, Ref)]
+    found: list[Ref] = []
+    collect_refs((call.args, call.kwargs), found)
+    return found
 
 
 def _free(items: Iterable[Any]) -> Set[sympy.Symbol]:

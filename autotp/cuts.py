@@ -6,10 +6,11 @@ becomes a cut of the projection before it in whole heads, the three outputs of a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autotp.layouts import Cut, Segment, plain_cut, simplify_cut
+from autotp.layouts import Cut, Segment, Segments, SortedCut, plain_cut, simplify_cut
 from autotp.program import Ref, Size
 from autotp.rules.language import Rule, Use, exact_quotient
 
@@ -17,14 +18,30 @@ Slots = Mapping[tuple[bool, int], Sequence[Ref]]
 """(is output, index) of a node → the tensors that stand there in its copies."""
 
 MOST_CUTS = 6
-"""Candidate cuts kept per dim; the first ones found, which are the coarsest and nearest, win."""
+"""Candidate cuts of each kind (plain, sorted by slot, by key) kept per dim; the first ones found, the coarsest and nearest, win."""
+
+
+def _first(cuts: Iterable[Cut]) -> tuple[Cut, ...]:
+    """The first few cuts of each kind."""
+    count: Counter[str] = Counter()
+    kept = []
+    for cut in cuts:
+        kind = cut.by if isinstance(cut, SortedCut) else "plain"
+        count[kind] += 1
+        if count[kind] <= MOST_CUTS:
+            kept.append(cut)
+    return tuple(kept)
 
 
 def from_factor(cut: Cut, use: Use) -> Cut | None:
     """The cut of a dim when its factor has `cut`; None if the dim cannot be cut so."""
+    if isinstance(cut, SortedCut):  # sorted rows stay whole rows: they are no part of another dim
+        return cut if use.is_whole_dim else None
     if use.part is not None:
         return _stretch(cut, *use.part)
     scaled = tuple(Segment(repeat, count, granule * use.inner) for repeat, count, granule in cut)
+    if use.rows is not None:
+        return SortedCut(use.rows.by, scaled, use.rows.size, use.rows.order)
     if use.outer == 1:
         return scaled
     if len(scaled) == 1:
@@ -34,6 +51,12 @@ def from_factor(cut: Cut, use: Use) -> Cut | None:
 
 def to_factor(cut: Cut, use: Use) -> Cut | None:
     """The cut of the factor when a dim that is no part of it has `cut`; None if the cut does not go through."""
+    if use.rows is not None:
+        if not isinstance(cut, SortedCut) or (cut.by, cut.order) != (use.rows.by, use.rows.order):
+            return None
+        cut = cut.cut
+    elif isinstance(cut, SortedCut):
+        return cut if use.is_whole_dim else None
     segments = []
     for repeat, count, granule in cut:
         inner = exact_quotient(granule, use.inner)
@@ -52,7 +75,7 @@ def to_factor(cut: Cut, use: Use) -> Cut | None:
     return None
 
 
-def _stretch(cut: Cut, start: Size, stop: Size) -> Cut | None:
+def _stretch(cut: Segments, start: Size, stop: Size) -> Segments | None:
     """The segments that cover exactly [start, stop) of a dim."""
     found: list[Segment] = []
     position: Size = 0
@@ -74,18 +97,37 @@ def _stretch(cut: Cut, start: Size, stop: Size) -> Cut | None:
     return tuple(found) if found and covered == stop - start else None
 
 
+def _stretches(size: Size, uses: Iterable[Use]) -> list[tuple[Size, Use | None]]:
+    """The parts of a factor in order, each with its size, and what lies between them: elements that a slice leaves out."""
+    found: list[tuple[Size, Use | None]] = []
+    position: Size = 0
+    parts = [use for use in uses if use.part is not None]
+    for use in parts:
+        start, stop = use.part or (0, 0)
+        if isinstance(start, int) and isinstance(position, int) and start > position:
+            found.append((start - position, None))
+        found.append((stop - start, use))
+        position = stop
+    if parts and isinstance(size, int) and isinstance(position, int) and size > position:
+        found.append((size - position, None))
+    return found
+
+
 def join_parts(choice: Cut, part: int, sizes: Sequence[Size], others: Sequence[Sequence[Cut]]) -> Cut | None:
     """The cut of a concatenation when its `part`-th stretch has cut `choice`: the others follow in the same pattern.
 
     A neighbour takes a candidate of its own with as many granules, else `choice` scaled to its size.
     """
+    if isinstance(choice, SortedCut):
+        return None
     shape = [(segment.repeat, segment.count) for segment in choice]
     joined: list[Segment] = []
     for index, size in enumerate(sizes):
         if index == part:
             joined.extend(choice)
             continue
-        same = next((cut for cut in others[index] if [(s.repeat, s.count) for s in cut] == shape), None)
+        plain = (cut for cut in others[index] if not isinstance(cut, SortedCut))
+        same = next((cut for cut in plain if [(s.repeat, s.count) for s in cut] == shape), None)
         if same is None:
             ratio = [exact_quotient(segment.granule * size, sizes[part]) for segment in choice]
             if any(granule is None for granule in ratio):
@@ -110,7 +152,7 @@ class CutTable:
         """Record a candidate; True if it is new."""
         known = self.cuts.setdefault((ref, dim), {})
         cut = simplify_cut(cut, self.parts)
-        if cut in known or len(known) >= MOST_CUTS:
+        if cut in known or len(_first([*known, cut])) <= len(known):
             return False
         known[cut] = None
         return True
@@ -124,12 +166,12 @@ class CutTable:
         """
         uses = rule.uses[factor]
         found: dict[Cut, None] = {}
-        parts = [use for use in uses if use.part is not None]
-        sizes = [use.part[1] - use.part[0] for use in parts if use.part]
-        if factor in rule.special or not parts:
+        stretches = _stretches(rule.factors[factor], uses)
+        sizes = [size for size, _ in stretches]
+        if factor in rule.special or not stretches:
             found[simplify_cut(plain_cut(rule.factors[factor]), self.parts)] = None
         else:
-            found[simplify_cut([segment for size in sizes for segment in plain_cut(size)], self.parts)] = None
+            found[simplify_cut(tuple(segment for size in sizes for segment in plain_cut(size)), self.parts)] = None
         for use in uses:
             for ref in tensors[use.output, use.index]:
                 for cut in self.of(ref, use.dim):
@@ -137,13 +179,14 @@ class CutTable:
                     if use.part is None:
                         lifted = to_factor(cut, use)
                     else:
-                        others = [[c for r in tensors[p.output, p.index] for c in self.of(r, p.dim)] for p in parts]
-                        lifted = join_parts(cut, parts.index(use), sizes, others)
+                        owners = [owner for _, owner in stretches]
+                        others = [[c for r in tensors[p.output, p.index] for c in self.of(r, p.dim)] if p else [] for p in owners]
+                        lifted = join_parts(cut, owners.index(use), sizes, others)
                     if lifted is not None:
                         found[simplify_cut(lifted, self.parts)] = None
         if factor in rule.special:  # rewritten with one offset: a single contiguous piece per rank
-            found = {cut: None for cut in found if len(cut) == 1 and cut[0].repeat == 1}
-        return tuple(cut for cut in found if all(from_factor(cut, use) is not None for use in uses))[:MOST_CUTS]
+            found = {cut: None for cut in found if not isinstance(cut, SortedCut) and len(cut) == 1 and cut[0].repeat == 1}
+        return _first(cut for cut in found if all(from_factor(cut, use) is not None for use in uses))
 
     def usable_cuts(self, rule: Rule, factor: str, tensors: Slots) -> tuple[Cut, ...]:
         """The cuts of `factor` that are candidates of every dim concerned (a full table may lack some)."""

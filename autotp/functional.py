@@ -2,7 +2,7 @@
 
 Two ideas: regions under `no_grad` are inlined behind `aten.detach`, and operators that write in place are made pure. A
 write to a tensor that nothing else shares memory with is a mere renaming, done while the nodes are collected
-(`renamings`). Only if a view is written through, or an operator updates buffers on the side, is the whole graph
+(`renamings`), and so is the update of running statistics. Only if a view is written through is the whole graph
 functionalised by PyTorch (which costs about as much as the export).
 """
 
@@ -65,12 +65,14 @@ def make_functional(exported: ExportedProgram) -> tuple[ExportedProgram, dict[fx
 
     Returns the program to read, and for every in-place node the nodes that share its memory: each of them names the new
     value from there on. None instead of that table if PyTorch has functionalised the graph, which then holds no writes
-    (but repeats views).
+    and no `torch.vmap` (but repeats views).
 
     Raises:
         AutotpError: an autocast region that is on, or a higher-order operator.
     """
     inline_regions(exported.graph_module)
+    if any(_torch.is_vmap(node.target) for node in exported.graph.nodes):
+        return exported.run_decompositions({}), None
     writes = [node for node in exported.graph.nodes if node.op == "call_function" and _writes(node)]
     if not writes:
         return exported, {}
@@ -80,12 +82,18 @@ def make_functional(exported: ExportedProgram) -> tuple[ExportedProgram, dict[fx
     return exported.run_decompositions({}), None
 
 
-def _writes(node: fx.Node) -> bool:
+def running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The running statistics that a batch or instance norm updates; of other operators none."""
     target: Any = node.target
-    if target in STATISTICS:
-        statistics, flag = STATISTICS[target]
-        return node.args[statistics] is not None and bool(node.args[flag])
-    return _torch.is_mutable(target)
+    if target not in STATISTICS:
+        return ()
+    first, flag = STATISTICS[target]
+    found = (node.args[first], node.args[first + 1])
+    return tuple(item for item in found if isinstance(item, fx.Node)) if node.args[flag] else ()
+
+
+def _writes(node: fx.Node) -> bool:
+    return bool(running_statistics(node)) or _torch.is_mutable(node.target)
 
 
 def renamings(graph: fx.Graph, writes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]] | None:
@@ -105,7 +113,12 @@ def renamings(graph: fx.Graph, writes: list[fx.Node]) -> dict[fx.Node, list[fx.N
     writing = set(writes)
     for node in writes:
         target: Any = node.target
-        if target in STATISTICS or not _torch.returns_its_input(target) or _torch.functional_variant(target) is None:
+        if target in STATISTICS:  # written out by clean-up, unless something else has the memory of what is updated
+            shared = [groups[_torch.storage_key(item.meta["val"])] for item in running_statistics(node)]
+            if any(item.op != "placeholder" for group in shared for item in group):
+                return None
+            continue
+        if not _torch.returns_its_input(target) or _torch.functional_variant(target) is None:
             return None
         group = groups[_torch.storage_key(node.meta["val"])]
         earlier = group[1 : group.index(node)]

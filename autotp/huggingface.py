@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from autotp.errors import AutotpError
+from autotp.huggingface_inputs import example_inputs, first_int, text_config
 from autotp.loading import (
     DEFAULT_SEQ,
     LoadedModel,
@@ -30,7 +28,6 @@ DECODER_HEADS = ("CAUSAL_LM", "MASKED_LM", "IMAGE_TEXT_TO_TEXT")
 SEQ2SEQ_HEADS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 OTHER_HEADS = ("CTC", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION", "SEQUENCE_CLASSIFICATION")
 
-AUDIO_SAMPLES = 16000
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length")
 
 
@@ -122,9 +119,20 @@ def model_class(config: Any) -> type[nn.Module]:
 
 
 def build_from_config(
-    config: Any, name: str, *, batch: int | None, seq: int | None, dtype: torch.dtype | None, mode: str, fake: bool
+    config: Any,
+    name: str,
+    *,
+    batch: int | None,
+    seq: int | None,
+    dtype: torch.dtype | None,
+    mode: str,
+    fake: bool,
+    pixels: int = 224,
 ) -> LoadedModel:
-    """The model of a transformers configuration (which is changed: no cache) and inputs for it; see `load_model`."""
+    """The model of a transformers configuration (which is changed: no cache) and inputs for it; see `load_model`.
+
+    Images are `pixels` × `pixels` where the configuration names no size.
+    """
     notes = []
     if getattr(config, "quantization_config", None) is not None:
         notes.append("The configuration's quantization is left out: weights are built unquantized.")
@@ -133,8 +141,8 @@ def build_from_config(
         if hasattr(part, "use_cache"):
             part.use_cache = False
     cls: Any = model_class(config)
-    if getattr(cls, "config_class", None) is type(text_config(config)):
-        config = text_config(config)
+    parts = [config, text_config(config), *vars(config).values()]
+    config = next((part for part in parts if type(part) is getattr(cls, "config_class", None)), config)
     own = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     own = parse_dtype(own) if isinstance(own, str) else own
     dtype = dtype or own or (torch.bfloat16 if fake else torch.float32)
@@ -159,7 +167,7 @@ def build_from_config(
                 f"sequence length {seq} is longer than the {limit} positions of `{name}`; ask for at most {limit}."
             )
         seq = min(limit or DEFAULT_SEQ, DEFAULT_SEQ) if seq is None else seq
-        kwargs, more = example_inputs(model, name, batch, seq, dtype, mode)
+        kwargs, more = example_inputs(model, name, batch, seq, dtype, mode, pixels)
     has_sequence = any(tensor.ndim > 1 and tensor.shape[1] == seq for tensor in kwargs.values())
     return LoadedModel(model, (), kwargs, name, batch, seq if has_sequence else None, (*notes, *more))
 
@@ -167,14 +175,6 @@ def build_from_config(
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:
     """A CPU tensor of the same shape, strides and dtype, under whatever tensor mode is active."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-
-
-def text_config(config: Any) -> Any:
-    """The configuration of the text part of a model with several parts; `config` itself where there is only one."""
-    try:
-        return config.get_text_config()
-    except (AttributeError, ValueError):
-        return config
 
 
 def max_positions(model: Any) -> int | None:
@@ -192,88 +192,3 @@ def max_positions(model: Any) -> int | None:
         if module.padding_idx is not None:
             limit = min(limit, module.num_embeddings - module.padding_idx - 1)
     return limit
-
-
-def first_int(config: Any, *names: str) -> int | None:
-    """The first of the fields `names` of a configuration that is an int."""
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def example_inputs(
-    model: Any, name: str, batch: int, seq: int, dtype: torch.dtype, mode: str
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Keyword arguments for one step of a transformers model, and notes; built under whatever tensor mode is active.
-
-    The main input is that of `main_input_name`; an encoder-decoder also gets `decoder_input_ids`, a two-tower model
-    both of its inputs, and a language model in train mode `labels`. Token ids have shape (batch, seq); no two inputs
-    are one tensor.
-    """
-    config, main = model.config, model.main_input_name
-    accepted = inspect.signature(model.forward).parameters
-    inputs = {main: main_input(main, config, name, batch, seq, dtype)}
-    notes = []
-    head = getattr(model, "get_output_embeddings", lambda: None)() is not None
-    if hasattr(config, "vision_config") and head and main == "input_ids":
-        notes.append("Inputs are text alone: the part of the model that reads images is left out.")
-    elif hasattr(config, "vision_config") and hasattr(config, "text_config"):
-        towers = [kind for kind in ("input_ids", "pixel_values") if kind in accepted]
-        inputs = {kind: main_input(kind, config, name, batch, seq, dtype) for kind in towers} | inputs
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = token_ids(config, batch, seq)
-    if mode == "train":
-        if head and "labels" in accepted:
-            inputs["labels"] = token_ids(config, batch, seq)
-        else:
-            notes.append(f"{type(model).__name__} gets no labels: the sum of its outputs stands for the loss.")
-    return inputs, notes
-
-
-def main_input(kind: str, config: Any, name: str, batch: int, seq: int, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor for the input that transformers calls `kind`: tokens, an image, a video, audio features or samples."""
-    if kind == "input_ids":
-        return token_ids(config, batch, seq)
-    seen = getattr(config, "vision_config", config)
-    size = getattr(seen, "image_size", None) or 224
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    image = (first_int(seen, "num_channels", "in_channels", "in_chans") or 3, height, width)
-    mel, source = first_int(config, "num_mel_bins"), first_int(config, "max_source_positions")
-    frames = first_int(config, "max_length") or seq
-    shape: tuple[int, ...]
-    if kind == "pixel_values" and first_int(seen, "num_frames") is None:
-        shape = (batch, *image)
-    elif kind in ("pixel_values", "pixel_values_videos"):
-        shape = (batch, first_int(seen, "num_frames", "frames_per_clip") or 16, *image)
-    elif kind == "input_features" and mel and source:
-        shape = (batch, mel, 2 * source)  # a convolution of stride 2 turns mel frames into positions
-    elif kind == "input_features" or (kind == "input_values" and mel):
-        features = first_int(config, "feature_projection_input_dim", "input_feat_per_channel", "hidden_size")
-        shape = (batch, frames, mel or features or 80)
-    elif kind == "input_values":
-        shape = (batch, AUDIO_SAMPLES)
-    else:
-        raise AutotpError(
-            f"no example can be made for the input `{kind}` of `{name}`; give file.py:callable with inputs."
-        )
-    return torch.randn(shape, dtype=dtype)
-
-
-def token_ids(config: Any, batch: int, seq: int) -> torch.Tensor:
-    """Random token ids of shape (batch, seq), from the widest run of ids without a special token."""
-    vocabulary = (
-        first_int(text_config(config), "vocab_size") or first_int(config, "vocab_size", "decoder_vocab_size") or 2
-    )
-    fences = sorted({-1, vocabulary} | {token for token in special_tokens(config.to_dict()) if 0 <= token < vocabulary})
-    low, high = max(itertools.pairwise(fences), key=lambda pair: pair[1] - pair[0])
-    return torch.randint(low + 1, max(high, low + 2), (batch, seq))
-
-
-def special_tokens(fields: dict[str, Any]) -> Iterator[int]:
-    """Every id in fields such as `pad_token_id` or `image_token_index`, nested configurations included."""
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            yield from special_tokens(value)
-        elif str(key).endswith(("_token_id", "_token_ids", "_token_index")):
-            yield from (
-                item for item in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(item, int)
-            )

@@ -14,11 +14,11 @@ A shard names which piece: its `Split` carries the dim, the mesh axes that split
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import permutations, product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from autotp.program import Size
 
@@ -38,19 +38,42 @@ class Segment(NamedTuple):
     granule: Size
 
 
-Cut = tuple[Segment, ...]
+Segments = tuple[Segment, ...]
 
 
-def plain_cut(size: Size) -> Cut:
+@dataclass(frozen=True)
+class SortedCut:
+    """The cut of a dim of `size` rows that are sorted by a key, such as the tokens of a mixture of experts by their expert.
+
+    The rows come from numbered slots. A rank holds, in sorted order, the rows whose key (`by` "key") or slot ("slot") is in its
+    piece of `cut`: all rows of its experts, or those of its own tokens. How many these are, only the keys tell.
+
+    `order` is the node that made the order: a tensor of shape (2, size), the sorted keys and the slots that they come from.
+    """
+
+    by: Literal["key", "slot"]
+    cut: Segments
+    size: Size
+    order: int
+
+
+Cut = Segments | SortedCut
+
+
+def plain_cut(size: Size) -> Segments:
     """The cut of a dim whose granule is one element."""
     return (Segment(1, size, 1),)
 
 
-def simplify_cut(segments: Iterable[Segment], parts: int) -> Cut:
-    """The same cut in canonical form for a mesh of `parts` ranks, so that equal cuts compare equal.
+def simplify_cut(cut: Cut, parts: int) -> Cut:
+    """The same cut in canonical form for a mesh of `parts` ranks, so that equal cuts compare equal."""
+    if isinstance(cut, SortedCut):
+        return replace(cut, cut=simplify_segments(cut.cut, parts))
+    return simplify_segments(cut, parts)
 
-    Runs that divide evenly over the whole mesh get one granule per rank; equal neighbours become one repeated segment.
-    """
+
+def simplify_segments(segments: Iterable[Segment], parts: int) -> Segments:
+    """Runs that divide evenly over the whole mesh get one granule per rank; equal neighbours become one repeated segment."""
     found: list[Segment] = []
     for repeat, count, granule in segments:
         if isinstance(count, int) and isinstance(granule, int) and count % parts == 0 and count:
@@ -110,8 +133,12 @@ class Layout:
             word = str(split.dim)
             if len(split.axes) > 1:
                 word += f"; {split.axes.index(axis) + 1} of {len(split.axes)}"
-            if len(split.cut) > 1 or split.cut[0].repeat != 1:
-                word += "; " + "+".join(f"{s.repeat}×{s.count}×{s.granule}" for s in split.cut)
+            segments = split.cut
+            if isinstance(segments, SortedCut):
+                word += f"; by {segments.by}"
+                segments = segments.cut
+            if len(segments) > 1 or segments[0].repeat != 1:
+                word += "; " + "+".join(f"{s.repeat}×{s.count}×{s.granule}" for s in segments)
             words.append(f"S({word})")
         return ", ".join(words)
 
@@ -135,6 +162,7 @@ def _runs(split: Split, mesh: Sequence[int], coordinate: Coordinate) -> list[tup
     """Per run of the cut, the (global element range that this rank holds, length of the run)."""
     runs: list[tuple[Range, int]] = []
     base = 0
+    assert not isinstance(split.cut, SortedCut), "the rows of a sorted dim depend on the keys: see runtime.sorted_rows"
     for repeat, count, granule in split.cut:
         low, high = 0, int(count)
         for axis in split.axes:
@@ -190,8 +218,18 @@ def length(ranges: Iterable[Range]) -> int:
 
 
 def local_size(split: Split, mesh: Sequence[int], coordinate: Coordinate) -> int:
-    """Number of elements of the split dim that the rank at `coordinate` holds."""
+    """Number of elements of the split dim that the rank at `coordinate` holds; of sorted rows, if every key has as many."""
+    if isinstance(split.cut, SortedCut):
+        inner = replace(split, cut=split.cut.cut)
+        return -(-int(split.cut.size) * length(piece(inner, mesh, coordinate)) // max(1, cut_size(split.cut.cut)))
     return length(piece(split, mesh, coordinate))
+
+
+def cut_size(cut: Cut) -> int:
+    """Number of elements that a cut covers. Its sizes must be plain ints."""
+    if isinstance(cut, SortedCut):
+        return int(cut.size)
+    return sum(int(repeat) * int(count) * int(granule) for repeat, count, granule in cut)
 
 
 @cache
@@ -213,10 +251,24 @@ def at_sizes(layout: Layout, values: Mapping[Size, int]) -> Layout:
     def value(size: Size) -> int:
         return size if isinstance(size, int) else int(size.subs(values))
 
-    if all(isinstance(size, int) for split in layout.splits for segment in split.cut for size in segment):
+    def at(segments: Segments) -> Segments:
+        return tuple(Segment(*map(value, segment)) for segment in segments)
+
+    def cut_at(cut: Cut) -> Cut:
+        return replace(cut, cut=at(cut.cut), size=value(cut.size)) if isinstance(cut, SortedCut) else at(cut)
+
+    if not layout.splits or all(isinstance(size, int) for split in layout.splits for size in cut_sizes(split.cut)):
         return layout
-    splits = (Split(s.dim, s.axes, tuple(Segment(*map(value, segment)) for segment in s.cut)) for s in layout.splits)
-    return Layout(layout.kinds, tuple(splits))
+    return Layout(layout.kinds, tuple(Split(s.dim, s.axes, cut_at(s.cut)) for s in layout.splits))
+
+
+def cut_sizes(cut: Cut) -> Iterator[Size]:
+    """Every number in a cut."""
+    if isinstance(cut, SortedCut):
+        yield cut.size
+        cut = cut.cut
+    for segment in cut:
+        yield from segment
 
 
 # ---- moves ----------------------------------------------------------------------------------------------------------
@@ -318,6 +370,10 @@ def same_pieces(a: Layout, b: Layout, mesh: tuple[int, ...]) -> bool:
     if a.kinds != b.kinds or [(s.dim, s.axes) for s in a.splits] != [(s.dim, s.axes) for s in b.splits]:
         return False
     for one, other in zip(a.splits, b.splits, strict=True):
+        if isinstance(one.cut, SortedCut) or isinstance(other.cut, SortedCut):
+            if one.cut != other.cut:
+                return False
+            continue
         for coordinate in product(*(range(n) if i in one.axes else (0,) for i, n in enumerate(mesh))):
             if piece(one, mesh, coordinate) != piece(other, mesh, coordinate):
                 return False

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from autotp.errors import AutotpError
-from autotp.huggingface import build_from_config, example_inputs, max_positions, read_config
+from autotp.huggingface import build_from_config, max_positions, read_config
+from autotp.huggingface_inputs import example_inputs
 from autotp.loading import (
     DEFAULT_SEQ,
     FORMS,

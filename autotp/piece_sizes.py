@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx, nn
 
 from autotp import _torch
 from autotp.errors import AutotpError
-from autotp.layouts import Layout, Split, at_sizes, local_size, piece
+from autotp.layouts import Layout, Split, at_sizes, cut_sizes, local_size, piece
 from autotp.program import Size
 
 
@@ -59,7 +60,7 @@ def symbols_of(sizes: Any) -> tuple[sympy.Symbol, ...]:
         elif isinstance(item, Layout):
             walk(item.splits)
         elif isinstance(item, Split):
-            walk(item.cut)
+            walk(tuple(cut_sizes(item.cut)))
         elif isinstance(item, (tuple, list)):
             for part in item:
                 walk(part)
@@ -78,6 +79,20 @@ OPERATORS: dict[str, Any] = {
     "PythonMod": operator.mod,
     "Max": max,
     "Min": min,
+    "PowByNatural": operator.pow,
+    "FloatPow": operator.pow,
+    "FloatTrueDiv": operator.truediv,
+    "IntTrueDiv": operator.truediv,
+    "CeilDiv": lambda a, b: -(-a // b),
+    "ToFloat": float,
+    "TruncToInt": int,
+    "FloorToInt": math.floor,
+    "CeilToInt": math.ceil,
+    "RoundToInt": round,
+    "OpaqueUnaryFn_sqrt": math.sqrt,
+    "OpaqueUnaryFn_log": math.log,
+    "OpaqueUnaryFn_log2": math.log2,
+    "OpaqueUnaryFn_exp": math.exp,
 }
 """sympy's (and torch's) functions of sizes, as Python computes them."""
 
@@ -92,14 +107,14 @@ def size_node(graph: fx.Graph, size: Size, values: dict[sympy.Basic, Any]) -> An
         return size
     if size.is_Integer:
         return int(size)
-    if size.is_Rational:
+    if size.is_number:
         return float(size)
     if size not in values:
         function = OPERATORS.get(type(size).__name__)
         if function is None:
             raise AutotpError(f"the size {size} cannot be computed at run time; trace with fixed sizes (dynamic=False)")
         operands = [size_node(graph, part, values) for part in size.args]
-        result = operands[0]
+        result = operands[0] if len(operands) > 1 else graph.call_function(function, tuple(operands))
         for operand in operands[1:]:
             result = graph.call_function(function, (result, operand))
         values[size] = result

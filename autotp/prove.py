@@ -28,7 +28,9 @@ from autotp.layouts import Layout, Segment, Split
 from autotp.program import Node, Program, Ref, TensorType, op_name
 from autotp.rewrite import rewrite
 from autotp.rules import Rule
+from autotp.rules.registry import identify
 from autotp.runtime.random import RandomCall
+from autotp.runtime.sorted_rows import orders_in
 from autotp.simulate import Simulation, coordinates, gather, gather_gradient, gradient_layout, scatter
 from autotp.strategies import Space, Strategy, build_space
 
@@ -37,7 +39,7 @@ Mesh = tuple[int, ...]
 MESHES: tuple[Mesh, ...] = ((2,), (3,), (4,), (2, 2))
 """The meshes on which rules are proved."""
 
-PROBABILITIES = ("p", "dropout_p")
+PROBABILITIES = ("p", "dropout_p", "dropout")
 """What operators call the probability of dropping an element."""
 
 
@@ -76,7 +78,8 @@ def prove_rule(
     hold the same piece.
 
     Args:
-        operator: `"mylib::op"` or `"mylib::op.overload"`, the operator itself, or a plain function that has a rule.
+        operator: `"mylib::op"` or `"mylib::op.overload"`, what `torch.library.custom_op` returned, an operator of `torch.ops`,
+            or a plain function that has a rule.
         args, kwargs: an example call, lists of tensors allowed. Use float64: results are compared to 1e-9 relative to their
             largest magnitude (if a coarser dtype takes part, to 100 times its epsilon).
         gradient: prove the gradients of all floating-point operands too.
@@ -121,16 +124,11 @@ def prove_rule(
 
 
 def _resolve(operator: str | Callable[..., Any]) -> Callable[..., Any]:
-    if not isinstance(operator, str):
-        return operator
-    namespace, _, name = operator.replace("::", ".", 1).partition(".")
-    packet, _, overload = name.partition(".")
-    try:
-        found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-    except AttributeError:
+    found = identify(operator)[1]
+    if found is None:
         raise AutotpError(
             f"there is no operator {operator!r}; define it with torch.library first, or name its overload as in 'aten::add.Tensor'"
-        ) from None
+        )
     return found
 
 
@@ -159,6 +157,11 @@ class _Example:
             self.seeds = [_random_like(output, random) if output.requires_grad else None for output in outputs]
             self.gradients = self._gradients(self.operands, outputs, self.seeds)
         except Exception as error:
+            if "autograd formula" in str(error):
+                raise AutotpError(
+                    f"{name} has no autograd formula: no model that uses it can be trained; give it one with its "
+                    "register_autograd(...), or prove it with gradient=False for inference alone"
+                ) from error
             raise AutotpError(
                 f"{name} cannot be called so, even on a single device: {str(error).partition(chr(10))[0]}; correct the example "
                 "(or pass gradient=False if the operator has no gradient)"
@@ -217,6 +220,10 @@ class _Example:
             for tensor in operands
         ]
 
+    def order(self, layout: Layout) -> Tensor | None:
+        """The operand that holds the order of a layout's sorted rows, if it has any."""
+        return next((self.operands[order] for order in orders_in(layout)), None)
+
     def disproof(self, space: Space, strategy: Strategy, rule: Rule) -> str:
         """What goes wrong when the call runs as `strategy` says; "" if nothing does."""
         mesh = space.mesh
@@ -229,7 +236,7 @@ class _Example:
             simulation = Simulation([rewrite(space, decisions, at, gradient=self.gradient) for at in ranks])
             operands = [
                 [
-                    scatter(full.detach(), layout, mesh, at, random).requires_grad_(full.requires_grad)
+                    scatter(full.detach(), layout, mesh, at, random, self.order(layout)).requires_grad_(full.requires_grad)
                     for full, layout, random in zip(self.operands, strategy.operands, generators)
                 ]
                 for at in ranks
@@ -238,7 +245,7 @@ class _Example:
             gradients = []
             for at, mine, results in zip(ranks, operands, outputs, strict=True):
                 seeds = [
-                    None if seed is None else scatter(seed, gradient_layout(layout), mesh, at, random)
+                    None if seed is None else scatter(seed, gradient_layout(layout), mesh, at, random, self.order(layout))
                     for seed, layout, random in zip(
                         self.seeds, strategy.outputs, generators[len(inputs) :], strict=True
                     )
@@ -279,7 +286,7 @@ class _Example:
                 continue
             mine = [tensor.detach() for tensor in mine]
             try:
-                found = put_together(mine, layout, mesh, self.tolerance)
+                found = put_together(mine, layout, mesh, self.tolerance, self.order(layout))
             except AutotpError as error:
                 return f"{what} {index} is not what its layout says ({error})"
             if want is not None and (difference := _difference(found, want, self.tolerance)):

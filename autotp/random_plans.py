@@ -7,7 +7,7 @@ from random import Random
 from autotp.decisions import Decisions
 from autotp.describe import conversions
 from autotp.formulate import Border
-from autotp.layouts import Layout
+from autotp.layouts import Layout, SortedCut, Split
 from autotp.price.conversion import ConversionPrices
 from autotp.program import Ref
 from autotp.strategies import Space, Strategy
@@ -84,11 +84,14 @@ def _kind(strategy: Strategy, mesh: tuple[int, ...]) -> str:
     splits = [split for layout in layouts for split in layout.splits]
     if not splits:
         return "replicated"
-    return "uneven" if any(_uneven(split.cut, [mesh[axis] for axis in split.axes]) for split in splits) else "even"
+    return "uneven" if any(_uneven(split, [mesh[axis] for axis in split.axes]) for split in splits) else "even"
 
 
-def _uneven(cut: tuple[tuple[object, object, object], ...], sizes: list[int]) -> bool:
-    """Whether a cut has several segments, or granules that the ranks cannot share equally."""
+def _uneven(split: Split, sizes: list[int]) -> bool:
+    """Whether a cut has sorted rows, several segments, or granules that the ranks cannot share equally."""
+    cut = split.cut
+    if isinstance(cut, SortedCut):
+        return True
     ranks = 1
     for size in sizes:
         ranks *= size

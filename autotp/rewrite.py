@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
 
+from autotp import _torch
 from autotp.decisions import Decisions
-from autotp.layouts import Layout, Move, local_size, uniform
+from autotp.layouts import Layout, Move, SortedCut, Split, local_size, uniform
 from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
 from autotp.program import Node, Ref, map_refs
-from autotp.rules.language import Local, LocalSize, LocalStart, call_of
+from autotp.rules.language import Local, LocalElements, LocalSize, LocalStart, call_of
 from autotp.runtime.collectives import Bucket, Convert
 from autotp.runtime.random import RandomCall
+from autotp.runtime.sorted_rows import HeldElements, orders_in
 from autotp.sharded import BorderSpec, Sharded, StateSpec
 from autotp.strategies import Space
 
@@ -51,6 +54,7 @@ class _Scope:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     versions: dict[Version, fx.Node] = field(default_factory=dict)
     sizes: dict[sympy.Basic, Any] = field(default_factory=dict)
+    elements: dict[tuple[fx.Node, Split], fx.Node] = field(default_factory=dict)
 
     def call(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> fx.Node:
         """Add a submodule under a fresh name and call it."""
@@ -107,6 +111,22 @@ class _Rewriter:
         """The moves that bring a tensor into a layout."""
         ref, layout = version
         return () if layout == self.made(ref) else self.decisions.paths[self.owner(ref), layout]
+
+    def order_of(self, order: int, ref: Ref) -> Version:
+        """The order of the rows of a tensor: that of the tensor's own copy of the block, if the order is made in each copy."""
+        here = self.copy_of.get(ref.node)
+        if here is not None and order in self.folding.repeats[here[0]].instance(0):
+            order = order + here[1] * self.folding.repeats[here[0]].period
+        return Ref(order), self.whole
+
+    def orders(self, node: Node) -> list[Version]:
+        """The orders that a node needs to hold, or to be given, sorted rows."""
+        rows = Ref(node.index)
+        strategy = self.decisions.chosen[self.folding.representative[node.index]]
+        found = {order: rows for layout in (*strategy.operands, *strategy.outputs) for order in orders_in(layout)}
+        for ref, layout in self.wanted(node):
+            found |= {order: ref for move in self.path((ref, layout)) for order in orders_in(move.source, move.target)}
+        return [self.order_of(order, ref) for order, ref in found.items()]
 
     def belongs_to_block(self, ref: Ref) -> bool:
         """Whether a parameter or buffer is used by one copy of a block only, and rests there."""
@@ -181,7 +201,7 @@ class _Rewriter:
         return {
             version
             for node in self.program.nodes
-            for version in self.wanted(node)
+            for version in (*self.wanted(node), *self.orders(node))
             if node.index not in self.copy_of or not self.belongs_to_block(version[0])
         }
 
@@ -208,7 +228,9 @@ class _Rewriter:
             carries = self.gradient and self.program.type_of(ref).requires_grad
             module = Convert(path, self.mesh, self.coordinate, symbols, carries)
             sizes = [size_node(scope.graph, symbol, scope.sizes) for symbol in symbols]
-            scope.versions[version] = scope.call(_name(path), module, [scope.versions[ref, self.made(ref)], *sizes])
+            orders = dict.fromkeys(order for move in path for order in orders_in(move.source, move.target))
+            needed = [self._get(scope, self.order_of(order, ref)) for order in orders]
+            scope.versions[version] = scope.call(_name(path), module, [scope.versions[ref, self.made(ref)], *needed, *sizes])
         return scope.versions[version]
 
     def _emit(self, scope: _Scope, node: Node) -> None:
@@ -228,8 +250,8 @@ class _Rewriter:
             call = call_of(node, self.program.type_of)
             operands = tuple(strategy.operands[place] if place is not None else None for place in call.positions)
             target, args, kwargs = rule.local(Local(call, target, tuple(args), kwargs, operands, strategy.outputs))
-        args, kwargs = self._numbers(scope, tuple(args)), self._numbers(scope, kwargs)
-        if rule.random if rule is not None else _draws(target):
+        args, kwargs = self._numbers(scope, tuple(args), node), self._numbers(scope, kwargs, node)
+        if rule.random if rule is not None else _torch.is_random(target):
             result = scope.call("random", RandomCall(target, self._shard(strategy.outputs[0])), args, kwargs)
         else:
             result = scope.graph.call_function(target, args, kwargs)
@@ -239,8 +261,11 @@ class _Rewriter:
                 scope.graph.call_function(_item, (result, place)) if several else result
             )
 
-    def _numbers(self, scope: _Scope, tree: Any) -> Any:
-        """Replace symbolic and local sizes in arguments by numbers, or by nodes that compute them."""
+    def _numbers(self, scope: _Scope, tree: Any, node: Node) -> Any:
+        """Replace symbolic and local sizes in the arguments of `node` by numbers, or by nodes that compute them."""
+        if isinstance(tree, LocalElements) or (isinstance(tree, LocalSize) and isinstance(tree.split.cut, SortedCut)):
+            held = self._elements(scope, tree.split, node)
+            return held if isinstance(tree, LocalElements) else scope.graph.call_function(torch.ops.aten.sym_size.int, (held, 0))
         if isinstance(tree, (LocalSize, LocalStart)):
             start = isinstance(tree, LocalStart)
             symbols = symbols_of(tree.split)
@@ -253,11 +278,25 @@ class _Rewriter:
             return scope.sizes[key]
         if isinstance(tree, sympy.Basic):
             return size_node(scope.graph, tree, scope.sizes)
+        if isinstance(tree, torch.device):  # that of the trace
+            return self.device
         if isinstance(tree, (tuple, list)):
-            return type(tree)(self._numbers(scope, item) for item in tree)
+            return type(tree)(self._numbers(scope, item, node) for item in tree)
         if isinstance(tree, dict):
-            return {key: self._numbers(scope, item) for key, item in tree.items()}
+            return {key: self._numbers(scope, item, node) for key, item in tree.items()}
         return tree
+
+    def _elements(self, scope: _Scope, split: Split, node: Node) -> fx.Node:
+        """The graph node that lists the elements of a split dim of one of `node`'s tensors that this rank holds."""
+        cut, first = split.cut, self.wanted(node)[0]
+        like = self._get(scope, self.order_of(cut.order, Ref(node.index)) if isinstance(cut, SortedCut) else first)
+        key = (like, Split(0, split.axes, split.cut))
+        if key not in scope.elements:
+            symbols = symbols_of(split)
+            sizes = [size_node(scope.graph, symbol, scope.sizes) for symbol in symbols]
+            module = HeldElements(split, self.mesh, self.coordinate, symbols)
+            scope.elements[key] = scope.call("held", module, [like, *sizes])
+        return scope.elements[key]
 
     def _shard(self, layout: Layout) -> int:
         """The number of the piece of a tensor that this rank holds, equal where ranks hold the same piece."""
@@ -273,7 +312,7 @@ class _Rewriter:
         repeat = self.folding.repeats[number]
         inside = set(repeat.instance(0))
         nodes = [self.program.nodes[index] for index in repeat.instance(0)]
-        wanted = [version for node in nodes for version in self.wanted(node)]
+        wanted = [version for node in nodes for version in (*self.wanted(node), *self.orders(node))]
         takes: dict[Version, None] = {}
         for ref, layout in wanted:
             if ref.node not in inside:
@@ -304,6 +343,7 @@ class _Rewriter:
         found: dict[Version, None] = {}
         for copy in range(repeat.count):
             span = repeat.instance(copy)
+            orders = self._orders_outside(number, copy)
             for index in span:
                 for output in range(len(self.program.nodes[index].outputs)):
                     ref = Ref(index, output)
@@ -313,18 +353,34 @@ class _Rewriter:
                         for user, place in self.program.users.get(ref, ())
                         if user not in span
                     ]
-                    layouts += [self.whole] if ref in outgoing else []
+                    layouts += [self.whole] if ref in outgoing or ref.node in orders else []
                     for layout in layouts:
                         converted = (first, layout)
                         found[converted if converted in scope.versions else (first, self.made(ref))] = None
         return tuple(sorted(found, key=_order))
+
+    def _orders_outside(self, number: int, copy: int) -> set[int]:
+        """Nodes of a copy that made orders which nodes outside it need."""
+        span = self.folding.repeats[number].instance(copy)
+        return {ref.node for ref, users in self._order_users.items() if ref.node in span and any(user not in span for user in users)}
+
+    @cached_property
+    def _order_users(self) -> dict[Ref, set[int]]:
+        """Order → the nodes that need it."""
+        found: dict[Ref, set[int]] = {}
+        for node in self.program.nodes:
+            for ref, _ in self.orders(node):
+                found.setdefault(ref, set()).add(node.index)
+        return found
 
     def _call_block(self, root: _Scope, block: _Block, number: int, copy: int) -> None:
         """One copy: pass what its block takes, name what it gives."""
         repeat = self.folding.repeats[number]
         counterpart: dict[Ref, Ref] = {}
         for first, here in zip(repeat.instance(0), repeat.instance(copy), strict=True):
-            counterpart.update(zip(self.program.nodes[first].inputs, self.program.nodes[here].inputs, strict=True))
+            nodes = self.program.nodes[first], self.program.nodes[here]
+            counterpart.update(zip(*(node.inputs for node in nodes), strict=True))
+            counterpart.update(zip(*([ref for ref, _ in self.orders(node)] for node in nodes), strict=True))
         args = [self._get(root, (counterpart[ref], layout)) for ref, layout in block.takes]
         args += [root.sizes[symbol] for symbol in block.symbols]
         name = f"block_{number + 1}"
@@ -351,10 +407,6 @@ def _name(path: tuple[Move, ...]) -> str:
     """What a conversion is called in the graph: its first primitive that communicates in either direction."""
     words = [word for move in path for word in (move.forward, move.backward)]
     return next((word for word in words if word not in ("none", "slice", "pad", "mask")), "local")
-
-
-def _draws(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _returns_list(target: Any) -> bool:

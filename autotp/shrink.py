@@ -17,46 +17,53 @@ from autotp.errors import AutotpError
 from autotp.huggingface import POSITIONS, build_from_config, read_config
 from autotp.loading import LoadedModel, check_options, explained, is_callable_spec, parse_dtype
 from autotp.models import accepts, build_from_callable, find_callable
+from autotp.shrink_layers import (
+    FIRST_LAYERS,
+    LAST_LAYERS,
+    LAYERS,
+    SPECIAL_TOKEN,
+    first,
+    is_index_list,
+    kept_layers,
+    per_layer,
+    shrink_taps,
+)
 
 # The spellings of each size in transformers' configurations.
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 MORE_LAYERS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 HEAD_COUNT = re.compile(r"(_heads|^n_head|_head_kv|^multi_query_group_num)$")
-HIDDEN = ("embed_dim", "n_embd", "d_model", "dim", "hidden_size", "emb_dim")
-HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
-HEAD_SIZE = re.compile(r"(head_dim|_d_head|^d_kv|^kv_channels|^rotary_dim)$")
+HIDDEN = ("embed_dim", "n_embd", "d_model", "dim", "hidden_size", "emb_dim", "hidden_dim")
+HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "d_head", "dim_head")
+HEAD_SIZE = re.compile(r"(head_dim|(^|_)d_head|^dim_head|^d_kv|^kv_channels|^rotary_dim)$")
 WIDTH = re.compile(
     r"(^|_)(embed_dim|n_embd|d_model|dim|hidden_size|emb_dim|intermediate_size|ffn_dim|d_ff|d_inner|ffn_hidden_size"
-    r"|n_inner|mlp_dim|hidden_dim|embedding_size|proj_dim|lora_rank|time_step_rank|lru_width|d_ssm)(_mlp|_per_layer_input)?$"
+    r"|n_inner|mlp_dim|hidden_dim|embedding_size|bottleneck_size|input_size|output_size|proj_dim|lora_rank|time_step_rank"
+    r"|lru_width|d_ssm)(_mlp|_per_layer_input|_global)?$"
 )
 FIXED_WIDTH = re.compile(r"(projection_dim|conv_dim|v_dim|out_dim|in_dim)$")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERT_GROUPS = ("n_group", "num_expert_group")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-PLACES = (*POSITIONS, "n_ctx", "max_source_positions", "seq_length", "original_max_position_embeddings")
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_attention")
+PLACES = (*POSITIONS, "n_ctx", "max_source_positions", "seq_length", "original_max_position_embeddings", "max_pos_emb")
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "window_size",
+    "attention_window",
+    "local_attention",
+    "context_size",
+    "chunk_size",
+    "mamba_chunk_size",
+)
+FRAMES = ("num_frames", "frames_per_clip")
+QUERIES = ("num_queries", "num_object_queries", "num_select", "two_stage_num_proposals")
+SCAN_HEADS = ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads")
+SCAN_HEAD_SIZES = ("mamba_d_head", "mamba_headdim", "mamba_head_dim")
 GROUPS = ("n_groups", "num_conv_pos_embedding_groups")
-
-# How layers of different kinds are laid out: every n-th, the first n, the last n, or by a list of indices.
-ATTENTION_PERIODS = (
-    "full_attention_interval",
-    "sliding_window_pattern",
-    "global_attn_every_n_layers",
-    "attn_layer_period",
-)
-MLP_PERIODS = (
-    "decoder_sparse_step",
-    "encoder_sparse_step",
-    "moe_layer_freq",
-    "moe_layer_interval",
-    "interleave_moe_layer_step",
-    "expert_layer_period",
-)
-FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-LAST_LAYERS = ("num_kv_shared_layers",)
-INDEX_LIST = re.compile(r"(^|_)(layers|indexes|indices)$")
-SPECIAL_TOKEN = re.compile(r"_token_(id|ids|index)$")
+FEATURE_LAYER = re.compile(r"feature_layers?$")
+VOCABULARY = re.compile(r"vocab_size|_vocab$")
+IMAGE_TOKENS = ("mm_tokens_per_image",)
 
 SMALL_HEADS = 8
 SMALL_HIDDEN = 64
@@ -64,6 +71,8 @@ SMALL_VOCABULARY = 128
 SMALL_EXPERTS = 8
 SMALL_WINDOW = 8
 SMALL_IMAGE = 4
+SMALL_PIXELS = 64
+SMALL_QUERIES = 12
 SMALL_MODEL = 20_000_000
 
 
@@ -96,7 +105,7 @@ def load_shrunken(spec: str, *, seq: int | None = None, batch: int = 2, dtype: s
     name, config = read_config(spec)
     seq = 16 if seq is None else seq
     small = shrink_config(config, positions=max(64, 2 * seq))
-    options: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": target, "mode": "train"}
+    options: dict[str, Any] = {"batch": batch, "seq": seq, "dtype": target, "mode": "train", "pixels": SMALL_PIXELS}
     size = count(build_from_config(copy.deepcopy(small), name, fake=True, **options))
     if size > SMALL_MODEL:
         raise AutotpError(
@@ -146,12 +155,6 @@ def is_part(key: str, value: Any) -> bool:
     return isinstance(value, dict) and (named or "model_type" in value)
 
 
-def first(fields: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first of the fields `names` that is a positive int."""
-    values = (fields.get(name) for name in names)
-    return next((value for value in values if type(value) is int and value > 0), None)
-
-
 @dataclass(frozen=True)
 class Widths:
     """Old and new sizes of one part of a model: elements of a hidden state and of a head; halvings of the heads."""
@@ -191,7 +194,8 @@ def small_head(fields: dict[str, Any], heads: int) -> int:
     least = 4 if heads > 2 * SMALL_HEADS else 8
     options = range(least, 65, 2)
     turned = [share for share in shares if isinstance(share, float) and share > 0]
-    return next((size for size in options if all(int(size * s) > 0 and int(size * s) % 2 == 0 for s in turned)), 64)
+    # Rotations over two axes (rows and columns) share what a quarter or half of a head offers: four elements at least.
+    return next((size for size in options if all(int(size * s) > 0 and int(size * s) % 4 == 0 for s in turned)), 64)
 
 
 def hidden_sizes(fields: dict[str, Any]) -> dict[int, int]:
@@ -221,7 +225,7 @@ def shrink_fields(fields: dict[str, Any], hidden: dict[int, int], positions: int
         elif key in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and size is not None:
             small[key] = shrink_rope(value, size, positions)
         elif isinstance(value, (list, tuple)):
-            small[key] = shrink_list(key, list(value), fields, keep)
+            small[key] = shrink_list(key, list(value), fields, keep, size)
             if WIDTH.search(key) and per_layer(fields, key, first(fields, LAYERS) or 0):
                 small[key] = [shrink_number(key, item, fields, size, keep, hidden, positions) for item in small[key]]
         elif type(value) is not int or value <= 0:
@@ -230,9 +234,9 @@ def shrink_fields(fields: dict[str, Any], hidden: dict[int, int], positions: int
             small[key] = experts[key]
         else:
             small[key] = shrink_number(key, value, fields, size, keep, hidden, positions)
-    patch, image = fields.get("patch_size"), fields.get("image_size")
-    if isinstance(patch, int) and isinstance(image, int) and "depths" not in fields:
-        small["image_size"] = min(image, SMALL_IMAGE * patch)
+    if "depths" not in fields and "image_size" in fields:
+        small["image_size"] = shrink_image(fields["image_size"], fields.get("patch_size"))
+    small |= shrink_taps(fields, keep) | shrink_scan(fields, small)
     if size is not None:
         heads = first(small, HEADS) or size.new_hidden
         for name in GROUPS:
@@ -260,14 +264,22 @@ def shrink_number(
         return sum(layer < value for layer in keep)
     if key in LAST_LAYERS:
         return sum(layer >= layers - value for layer in keep)
-    if "vocab_size" in key and key != "type_vocab_size":
+    if VOCABULARY.search(key) and key != "type_vocab_size":
         return min(value, SMALL_VOCABULARY + value % 16)
     if key in PLACES:
         return min(value, positions)
     if key in WINDOWS:
         return min(value, SMALL_WINDOW)
-    if size is None:
-        return value
+    if key in FRAMES:
+        return min(value, 2 * (first(fields, ("tubelet_size", "temporal_patch_size")) or 1) * 2)
+    if key in QUERIES:
+        return min(value, SMALL_QUERIES)
+    if key in IMAGE_TOKENS:
+        return min(value, SMALL_IMAGE)  # a square number no greater than the patches of a small image
+    if FEATURE_LAYER.search(key):
+        return -1  # of a part whose number of layers stands elsewhere
+    if size is None or value < SMALL_HEADS:
+        return hidden.get(value, value) if WIDTH.search(key) else value
     if HEAD_COUNT.search(key):
         return value >> size.halvings if value > 1 else value
     if key == "query_pre_attn_scalar" and value == size.head:
@@ -283,7 +295,7 @@ def shrink_number(
     if FIXED_WIDTH.search(key):
         return value
     exact = value * size.new_hidden / size.hidden
-    return int(exact) if exact.is_integer() else max(8, 8 * math.ceil(exact / 8))
+    return int(exact) if exact.is_integer() else min(value, max(8, 8 * math.ceil(exact / 8)))
 
 
 def even(value: float) -> int:
@@ -307,53 +319,45 @@ def shrink_experts(fields: dict[str, Any]) -> dict[str, int]:
     return small
 
 
-def kept_layers(fields: dict[str, Any]) -> list[int]:
-    """Indices of the layers that stay: at least 2, and one of each kind that lists, periods and borders tell apart."""
-    layers = first(fields, LAYERS)
-    if layers is None:
-        return []
-    periods: tuple[str, ...] = () if per_layer(fields, "layer_types", layers) else ATTENTION_PERIODS
-    periods += () if per_layer(fields, "mlp_layer_types", layers) else MLP_PERIODS
-    prefix = max((fields[name] for name in periods if type(fields.get(name)) is int), default=1)
-    lists = [value for name, value in fields.items() if per_layer(fields, name, layers)]
-    indices = [value for name, value in fields.items() if is_index_list(name, value, layers)]
-    special = {int(layer): entry for layer, entry in (fields.get("per_layer_config") or {}).items()}
-    starts = [fields[name] for name in FIRST_LAYERS if type(fields.get(name)) is int]
-    ends = [layers - fields[name] for name in LAST_LAYERS if type(fields.get(name)) is int]
-    kinds: dict[str, int] = {}
-    for layer in range(layers):
-        marks = [entry[layer] for entry in lists] + [layer in entry for entry in indices] + [special.get(layer)]
-        kinds.setdefault(repr((marks, [layer < start for start in (*starts, *ends)])), layer)
-    keep = sorted(kinds.values())
-    if prefix > 1:
-        return list(range(min(layers, max(prefix, keep[-1] + 1))))
-    others = (layer for layer in range(layers) if layer not in keep)
-    while len(keep) < min(2, layers):
-        keep = sorted([*keep, next(others)])
-    return keep
+def shrink_image(image: Any, patch: Any) -> Any:
+    """A small image size (pixels, or height and width) of a few patches; unchanged where there is no patch size."""
+    if isinstance(image, (list, tuple)):
+        sides = list(patch) if isinstance(patch, (list, tuple)) else [patch] * len(image)
+        return [shrink_image(one, side) for one, side in zip(image, sides, strict=False)]
+    if type(image) is not int or type(patch) is not int:
+        return image
+    # A patch of a few pixels is the first of several reductions, each of which halves the image.
+    return min(image, SMALL_IMAGE * patch if patch >= SMALL_IMAGE else SMALL_PIXELS)
 
 
-def per_layer(fields: dict[str, Any], name: str, layers: int) -> bool:
-    """Whether a field is a list with one entry per layer."""
-    value = fields.get(name)
-    listed = isinstance(value, (list, tuple)) and len(value) == layers > 2 and not SPECIAL_TOKEN.search(name)
-    return listed and not is_index_list(name, value, layers)
+def shrink_scan(fields: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
+    """Heads and head size of a state-space scan, so that their product is the scan's width again if it was before."""
+    heads, sizes = (next((name for name in names if fields.get(name)), "") for names in (SCAN_HEADS, SCAN_HEAD_SIZES))
+    expand, hidden = fields.get("mamba_expand"), first(fields, HIDDEN)
+    if not (heads and sizes and hidden and isinstance(expand, int) and type(fields[sizes]) is int):
+        return {}
+    new_hidden = first(small, HIDDEN) or hidden
+    explicit = fields.get("mamba_d_ssm")
+    if fields[heads] * fields[sizes] not in (expand * hidden, explicit):
+        return {}
+    inner = small["mamba_d_ssm"] if explicit == fields[heads] * fields[sizes] else expand * new_hidden
+    count = math.gcd(min(small[heads], SMALL_HEADS), math.gcd(inner, expand * new_hidden))
+    return {heads: count, sizes: inner // count}
 
 
-def is_index_list(name: str, value: Any, layers: int) -> bool:
-    """Whether a field lists some layers by their index."""
-    return (
-        isinstance(value, (list, tuple))
-        and all(type(item) is int and 0 <= item < layers for item in value)
-        and sorted(set(value)) == list(value)
-        and INDEX_LIST.search(name) is not None
-        and "out_" not in name
-    )
+def shrink_list(name: str, value: list[Any], fields: dict[str, Any], keep: list[int], size: Widths | None) -> list[Any]:
+    """A list with one entry per layer cut to the kept layers, indices renumbered, a pyramid's stages one block deep.
 
-
-def shrink_list(name: str, value: list[Any], fields: dict[str, Any], keep: list[int]) -> list[Any]:
-    """A list with one entry per layer cut to the kept layers, indices renumbered, a pyramid's stages one block deep."""
+    A list of widths that are all the hidden size, or that add up to it, follows the hidden size.
+    """
     layers = first(fields, LAYERS) or 0
+    if size is not None and value and all(type(item) is int for item in value) and size.hidden >= SMALL_HIDDEN:
+        if set(value) == {size.hidden}:
+            return [size.new_hidden] * len(value)
+        if sum(value) == size.hidden and len(value) > 1 and min(value) >= 8:
+            return share(value, size.new_hidden)
+    if FEATURE_LAYER.search(name) and all(type(item) is int for item in value):
+        return [-1 - place for place in range(len(value))][::-1] if len(value) > 1 else [-1 for _ in value]
     if name == "depths":
         return [min(item, 1) for item in value]
     if per_layer(fields, name, layers):

@@ -21,10 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
 from autotp.errors import AutotpError
-from autotp.layouts import COLLECTIVES, Coordinate, Layout, Split, piece
+from autotp.layouts import COLLECTIVES, Coordinate, Layout, SortedCut, Split, cut_size, piece
 from autotp.program import op_name
 from autotp.runtime.collectives import Bucket, Convert, Steps, flatten, unflatten
 from autotp.runtime.primitives import AllToAll, Primitive
+from autotp.runtime.sorted_rows import held_elements
 from autotp.sharded import Sharded
 
 Mesh = tuple[int, ...]
@@ -45,13 +46,19 @@ def gradient_layout(layout: Layout) -> Layout:
 
 
 def scatter(
-    full: Tensor, layout: Layout, mesh: Mesh, coordinate: Coordinate, generator: torch.Generator | None = None
+    full: Tensor,
+    layout: Layout,
+    mesh: Mesh,
+    coordinate: Coordinate,
+    generator: torch.Generator | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """The local value, at `coordinate`, of the tensor `full`.
 
     On `P` axes the summands are random numbers that add up to `full`, and on `M` axes every element is lowered on all
     ranks but one; they come from a copy of `generator`, so that calls with the same generator for every rank fit
-    together. Without generator the first rank of a `P` axis holds the value and the others zeros.
+    together. Without generator the first rank of a `P` axis holds the value and the others zeros. Sorted rows need
+    their `order`.
     """
     random = generator.clone_state() if generator is not None else None
     value = full
@@ -63,12 +70,15 @@ def scatter(
             drop -= drop.amin(0)
             value = value - drop[coordinate[axis]]
     for split in layout.splits:
-        value = value.index_select(split.dim, _elements(split, mesh, coordinate).to(value.device))
+        value = value.index_select(split.dim, _elements(split, mesh, coordinate, order).to(value.device))
     return value.clone()
 
 
-def _elements(split: Split, mesh: Mesh, coordinate: Coordinate) -> Tensor:
+def _elements(split: Split, mesh: Mesh, coordinate: Coordinate, order: Tensor | None) -> Tensor:
     """Every index of the global dim that the rank at `coordinate` holds."""
+    if isinstance(split.cut, SortedCut):
+        assert order is not None
+        return held_elements(split, mesh, coordinate, order)
     held = [index for span in piece(split, mesh, coordinate) for index in range(*span)]
     return torch.tensor(held, dtype=torch.int64)
 
@@ -84,7 +94,9 @@ def _summand(value: Tensor, members: int, member: int, random: torch.Generator |
     return value - others.sum(0) if member == members - 1 else others[member]
 
 
-def gather(locals: Sequence[Tensor], layout: Layout, mesh: Mesh, tolerance: float | None = None) -> Tensor:
+def gather(
+    locals: Sequence[Tensor], layout: Layout, mesh: Mesh, tolerance: float | None = None, order: Tensor | None = None
+) -> Tensor:
     """The full tensor from the local values of all ranks, in row-major order.
 
     Along `I` and `R` axes the values must agree to `tolerance` relative to their greatest magnitude (by default the
@@ -99,12 +111,12 @@ def gather(locals: Sequence[Tensor], layout: Layout, mesh: Mesh, tolerance: floa
         return first
     shape = list(first.shape)
     for split in layout.splits:
-        shape[split.dim] = sum(int(repeat) * int(count) * int(granule) for repeat, count, granule in split.cut)
+        shape[split.dim] = cut_size(split.cut)
     full = first.new_zeros(shape)
     for coordinate, value in values.items():
         index: list[Tensor] = [torch.arange(size) for size in shape]
         for split in layout.splits:
-            index[split.dim] = _elements(split, mesh, coordinate)
+            index[split.dim] = _elements(split, mesh, coordinate, order)
         expected = tuple(map(len, index))
         if tuple(value.shape) != expected:
             raise AutotpError(
@@ -117,12 +129,14 @@ def gather(locals: Sequence[Tensor], layout: Layout, mesh: Mesh, tolerance: floa
     return full
 
 
-def gather_gradient(locals: Sequence[Tensor], layout: Layout, mesh: Mesh, tolerance: float | None = None) -> Tensor:
+def gather_gradient(
+    locals: Sequence[Tensor], layout: Layout, mesh: Mesh, tolerance: float | None = None, order: Tensor | None = None
+) -> Tensor:
     """The full gradient of a tensor in `layout` from those of its local values on all ranks, in row-major order.
 
     It must be equal along `I` and `P` axes, else AutotpError; it is summed along `R` and put together along `S` axes.
     """
-    return gather(locals, gradient_layout(layout), mesh, tolerance)
+    return gather(locals, gradient_layout(layout), mesh, tolerance, order)
 
 
 def _reduce_axis(

@@ -10,11 +10,11 @@ import inspect
 import io
 import linecache
 import logging
-import sys
+import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import replace
 from typing import Any
 
@@ -23,13 +23,17 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from autotp import _torch
+from autotp.autograd_functions import FunctionCalls
 from autotp.cleanup import to_program
 from autotp.errors import AutotpError
 from autotp.functional import TORCH_DIRECTORY
 from autotp.interpret import run
 from autotp.program import Program
+from autotp.trace_checks import passed_checks
+from autotp.trace_helpers import prepared
+from autotp.trace_watch import refuse_frozen_draws, told_eager, watched
 
-__all__ = ["HELPERS", "run", "trace"]
+__all__ = ["run", "trace"]
 
 
 def trace(
@@ -52,9 +56,9 @@ def trace(
     if not isinstance(model, nn.Module):
         raise AutotpError(f"the model is {model!r}, which is no torch.nn.Module; pass the module itself.")
     args, named = _example(model, args, kwargs, notes)
+    functions = FunctionCalls()
     with ExitStack() as stack:
-        for helper in HELPERS:
-            stack.enter_context(helper(model, notes))
+        stack.enter_context(prepared(model, notes))
         state = [*model.parameters(), *model.buffers()]
         args, named = _without_aliases(args, named)
         mode = _torch.fake_mode_of(state)
@@ -63,12 +67,16 @@ def trace(
             args, named = _fake((args, named), fakes := mode or _torch.new_fake_mode())
             if on_meta:
                 stack.enter_context(_torch.with_state(model, _off_meta(model, fakes)))
-        for context in (torch.inference_mode(False), torch.enable_grad(), _quiet(), _without_collector()):
+        for context in (torch.inference_mode(False), torch.enable_grad(), _quiet(), _without_collector(), functions.intercepted()):
             stack.enter_context(context)
+        drew, places = stack.enter_context(watched(model, notes))
+        stack.enter_context(passed_checks(notes))
         exported = _export(model, args, named, dynamic, notes)
+        if drew():
+            refuse_frozen_draws(exported, lambda: _export(model, args, named, dynamic, []), places)
         ordered, names = _named_leaves(model, exported, args, named)
-        program = to_program(exported, model, ordered, names)
-    return replace(program, notes=(*notes, *program.notes))
+        program = to_program(exported, model, ordered, names, functions)
+    return replace(program, notes=(*notes, *functions.inlined, *program.notes))
 
 
 def _example(
@@ -133,26 +141,46 @@ def _off_meta(model: nn.Module, mode: Any) -> dict[str, torch.Tensor]:
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool, notes: list[str]
 ) -> ExportedProgram:
-    """Export with all dims free, or, where that fails, with the example's."""
-    reason = ""
-    if dynamic:
-        marked, named = _without_aliases(args, kwargs)
-        free: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-        for leaf in _torch.tree_flatten((marked, named))[0]:
-            if isinstance(leaf, torch.Tensor) and leaf.ndim:
-                free[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
-        try:
-            shapes = free.dynamic_shapes(model, marked, named)
-            return torch.export.export(model, marked, named, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            reason = f"{_where(error, model)}: {_first_line(error)}"
-    try:
-        exported = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        raise _explained(error, model) from None
-    if reason:
-        notes.append(f"Sizes are fixed at those of the example inputs, because they could not be left free ({reason}).")
-    return exported
+    """Export the model as it runs eagerly: with all dims free or, where that fails, with the example's.
+
+    Only where neither works is code that asks told that it is being exported.
+    """
+    failures: list[Exception] = []
+    for truth in (False, True):
+        with told_eager(truth) as asked:
+            reason = ""
+            for free in (True, False) if dynamic else (False,):
+                try:
+                    exported = _exported(model, args, kwargs, free)
+                except Exception as error:
+                    failures.append(error)
+                    reason = f"{_where(error, model)}: {_first_line(error)}"
+                    continue
+                if reason:
+                    notes.append(f"Sizes are fixed at those of the example inputs, because they could not be left free ({reason}).")
+                if truth:
+                    files = {frame.f_code.co_filename for item in _chain(failures[0]) for frame, _ in traceback.walk_tb(item.__traceback__)}
+                    culprit = next((place for place in asked if place.rpartition(":")[0] in files), asked[0])
+                    notes.append(
+                        f"The model asks at {culprit} whether it is being exported and cannot be traced unless it is told so: what "
+                        "it computes then may differ from what it computes in eager mode."
+                    )
+                return exported
+        if not asked:
+            break
+    raise _explained(failures[1 if dynamic else 0], model) from None
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: bool) -> ExportedProgram:
+    """One export, with all dims of the inputs free or none."""
+    if not free:
+        return torch.export.export(model, args, kwargs, strict=False)
+    marked, named = _without_aliases(args, kwargs)
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for leaf in _torch.tree_flatten((marked, named))[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
+    return torch.export.export(model, marked, named, dynamic_shapes=shapes.dynamic_shapes(model, marked, named), strict=False)
 
 
 def _named_leaves(
@@ -183,16 +211,26 @@ def _key(entry: Any) -> str:
 # Failures
 
 
+OUR_DIRECTORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
 DATA_DEPENDENT = ("GuardOnDataDependentSymNode", "DataDependentOutputException", "PendingUnbackedSymbolNotFound")
 
 
 def _explained(error: BaseException, model: nn.Module) -> AutotpError:
     """The sentence for a failed export."""
+    for item in _chain(error):
+        if isinstance(item, AutotpError):
+            return item
     place, reason = _where(error, model), _first_line(error)
     if any(type(item).__name__ in DATA_DEPENDENT for item in _chain(error)) or "data-dependent" in str(error).lower():
+        cure = "choose with torch.where instead, or make it a plain Python value"
+        if any("expert" in kind.lower() for kind in (place, *_modules(error))):
+            cure = (
+                "compute every expert and weigh the results, or use grouped matrix products "
+                '(in transformers: experts_implementation="grouped_mm")'
+            )
         return AutotpError(
-            f"the model cannot be traced because {place} needs the value of a tensor (in an `if`, a loop bound, `int` "
-            "or `item`); choose with torch.where instead, or make it a plain Python value."
+            f"the model cannot be traced because {place} needs the value of a tensor (in an `if`, a loop bound, `int` or `item`); {cure}."
         )
     return AutotpError(
         f"the model cannot be traced: {place} raised {type(_chain(error)[-1]).__name__} ({reason}); "
@@ -219,7 +257,7 @@ def _where(error: BaseException, model: nn.Module) -> str:
             owner = frame.f_locals.get("self")
             if id(owner) in names:
                 path = names[id(owner)]
-            if path is not None and not file.startswith((TORCH_DIRECTORY, "<")):
+            if path is not None and not file.startswith((TORCH_DIRECTORY, OUR_DIRECTORY, "<")):
                 code = linecache.getline(file, number).strip()
                 line = f"{file}:{number}" + (f" (`{code}`)" if code else "")
         if path is not None and line:
@@ -229,63 +267,19 @@ def _where(error: BaseException, model: nn.Module) -> str:
     return inside
 
 
+def _modules(error: BaseException) -> list[str]:
+    """The class names of the modules whose code was running."""
+    frames = [frame for item in _chain(error) for frame, _ in traceback.walk_tb(item.__traceback__)]
+    return [type(owner).__name__ for frame in frames if isinstance(owner := frame.f_locals.get("self"), nn.Module)]
+
+
 def _first_line(error: BaseException) -> str:
     """The first line of what went wrong first."""
     text = str(_chain(error)[-1]).strip() or type(_chain(error)[-1]).__name__
     return text.splitlines()[0].rstrip(".")
 
 
-# Helpers: what makes more models trace well. Each is a context around the export and says in `notes` what it changed.
-
-
-@contextmanager
-def causal_masks(model: nn.Module, notes: list[str]) -> Iterator[None]:
-    """Let transformers keep `is_causal` attention instead of building the mask it uses for exports.
-
-    During an export `transformers.masking_utils` builds every causal mask as a tensor, and looks for packed sequences
-    in the positions, which depends on values. Both are switched off for the trace.
-    """
-    masking = sys.modules.get("transformers.masking_utils")
-    asked: list[str] = []
-
-    def answer(name: str, value: Any) -> Callable[..., Any]:
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            asked.append(name)
-            return value
-
-        return replacement
-
-    wanted = {"is_torchdynamo_exporting": False, "find_packed_sequence_indices": None}
-    saved = {name: getattr(masking, name) for name in wanted if hasattr(masking, name)}
-    for name in saved:
-        setattr(masking, name, answer(name, wanted[name]))
-    try:
-        yield
-    finally:
-        for name, original in saved.items():
-            setattr(masking, name, original)
-    if "find_packed_sequence_indices" in asked:
-        notes.append(
-            "Sequences packed into one row are not told apart by their positions; pass an explicit mask for them."
-        )
-
-
-@contextmanager
-def no_cache(model: nn.Module, notes: list[str]) -> Iterator[None]:
-    """Switch `use_cache` off in the model's configurations: keys and values of past tokens are no output to plan."""
-    configs = {
-        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
-    }
-    changed = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-    for config in changed:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in changed:
-            config.use_cache = True
-    if changed:
-        notes.append("The model was traced with use_cache=False; its outputs hold no key/value cache.")
+# Contexts around every export
 
 
 @contextmanager
@@ -312,6 +306,3 @@ def _without_collector() -> Iterator[None]:
         if running:
             gc.enable()
 
-
-HELPERS: tuple[Callable[[nn.Module, list[str]], AbstractContextManager[None]], ...] = (causal_masks, no_cache)
-"""Contexts entered around every export."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from autotp import _torch
+from autotp.eager_check import TOLERANCES, Check, check_eager, narrowest, state_of
 from autotp.equality import compare
 from autotp.errors import AutotpError
-from autotp.interpret import run
+from autotp.loading import LoadedModel
 from autotp.planning import Request, adopt, make_plan, prepare, traced_sizes
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
 from autotp.price.conversion import ConversionPrices
@@ -21,24 +19,9 @@ from autotp.random_plans import random_plan
 from autotp.shrink import load_shrunken
 from autotp.trace import trace
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""Greatest error that rounding explains, by the narrowest floating dtype in the graph; 5e-2 for 16-bit ones."""
-
 BATCH = 2
 OTHER_SIZES = (1, 3)
 """How many more sequences, and tokens per sequence, the traced graph is run on to see that its sizes may change."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: what with what, the worst error and where. `error` is None where the check does not apply.
-
-    Errors are absolute differences, divided by the largest reference value of that tensor where this exceeds 1.
-    """
-
-    name: str
-    error: float | None
-    where: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +74,8 @@ def verify(
     """Compare a small float64 copy of a model with its trace, and the trace with what simulated ranks compute.
 
     Outputs, buffer updates and the gradient of every parameter, under random gradients of the outputs, are compared:
-    eager with traced at the traced sizes and (where sizes are free) at others; one device with the ranks of `axes` for the
+    eager with traced (on two sets of values, and called again) at the traced sizes, at others where sizes are free, and in eval
+    mode; one device with the ranks of `axes` for the
     planner's plan, made for prices under which splitting pays even for a small model, and for `plans` random legal plans.
 
     Args:
@@ -108,9 +92,12 @@ def verify(
     loaded = load_shrunken(spec, batch=BATCH if batch is None else batch, seq=seq)
     without_dropout(loaded.model)
     program = trace(loaded.model, loaded.args, loaded.kwargs)
-    state = _state(loaded.model, program)
-    checks = [_eager_check(loaded.model, program, loaded.args, loaded.kwargs, seed, "eager and traced")]
+    state = state_of(loaded.model, program)
+    checks = [check_eager(loaded.model, program, loaded.args, loaded.kwargs, seed=seed)]
+    if checks[0].error is None:
+        raise AutotpError(f"`{loaded.name}` cannot be verified: {checks[0].where}; correct the model or its example inputs")
     checks.append(_other_sizes(spec, loaded.model, program, loaded.batch, loaded.seq, seed))
+    checks.append(_in_eval_mode(loaded, seed))
     request, cluster = Request(axes), cluster_where_splitting_pays(load_cluster(DEFAULT_CLUSTER))
     plan = make_plan(program, request, cluster, loaded.name)
     space, decisions = adopt(program, request, plan)
@@ -154,84 +141,21 @@ def without_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def narrowest(program: Program) -> torch.dtype:
-    """The floating dtype of least precision among the tensors that a gradient or the result depends on."""
-    dtypes = {
-        output.dtype
-        for node in program.nodes
-        if node.kind == "op"
-        for output in node.outputs
-        if output.dtype.is_floating_point
-    }
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
-
-
 # ---- eager against traced -------------------------------------------------------------------------------------------
 
 
-def _state(model: nn.Module, program: Program) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    wanted = (node.target for node in program.nodes if node.kind in ("parameter", "buffer"))
-    return {name: named[name].detach().clone().requires_grad_(named[name].requires_grad) for name in wanted}
-
-
-def _eager_check(
-    model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, name: str
-) -> Check:
-    """Run both forward and backward; the model's gradients and buffers are left as they were."""
-    state = _state(model, program)
-    traced, updates = run(program, state, args, kwargs)
-    before = {key: tensor.detach().clone() for key, tensor in model.named_buffers()}
-    eager = model(*args, **kwargs)
-    buffers = dict(model.named_buffers())
-    pairs = [
-        (f"output {place}", one, other)
-        for place, (one, other) in enumerate(zip(_leaves(traced), _leaves(eager), strict=True))
-    ]
-    pairs += [(f"buffer {key}", value, buffers[key].detach().clone()) for key, value in updates.items()]
-    pairs += _gradients(model, state, pairs, seed)
-    with torch.no_grad():
-        for key, tensor in before.items():
-            buffers[key].copy_(tensor)
-    worst, where = 0.0, "nothing"
-    for label, found, expected in pairs:
-        error = _error(found, expected)
-        if not error <= worst:
-            worst, where = error, label
-    return Check(name, worst, where)
-
-
-def _leaves(output: Any) -> list[Tensor]:
-    return [leaf for leaf in _torch.tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-
-
-def _gradients(
-    model: nn.Module, state: Mapping[str, Tensor], outputs: list[tuple[str, Tensor, Tensor]], seed: int
-) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, traced, eager) gradients of every parameter under the same random output gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    both = [(one, other) for _, one, other in outputs if one.requires_grad and other.requires_grad]
-    given = [torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one.dtype) for one, _ in both]
-    parameters = {name: tensor for name, tensor in model.named_parameters() if name in state and tensor.requires_grad}
-    if not both or not parameters:
-        return []
-    names = list(parameters)
-    traced = torch.autograd.grad([one for one, _ in both], [state[name] for name in names], given, allow_unused=True)
-    eager = torch.autograd.grad([other for _, other in both], list(parameters.values()), given, allow_unused=True)
-    zero = {name: torch.zeros_like(state[name]) for name in names}
-    return [
-        (f"gradient of {name}", zero[name] if one is None else one, zero[name] if other is None else other)
-        for name, one, other in zip(names, traced, eager, strict=True)
-    ]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+def _in_eval_mode(loaded: LoadedModel, seed: int) -> Check:
+    """The model in eval mode against a trace of it in eval mode."""
+    name, modes = "eager and traced, eval mode", [(module, module.training) for module in loaded.model.modules()]
+    loaded.model.eval()
+    try:
+        program = trace(loaded.model, loaded.args, loaded.kwargs)
+        return check_eager(loaded.model, program, loaded.args, loaded.kwargs, seed=seed, name=name)
+    except AutotpError as error:
+        return Check(name, None, f"refused: {error}")
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _other_sizes(spec: str, model: nn.Module, program: Program, batch: int | None, seq: int | None, seed: int) -> Check:
@@ -245,6 +169,6 @@ def _other_sizes(spec: str, model: nn.Module, program: Program, batch: int | Non
     other = load_shrunken(spec, batch=larger or BATCH, seq=longer)
     name = "eager and traced, " + " × ".join(str(size) for size in (larger, longer) if size is not None)
     try:
-        return _eager_check(model, program, other.args, other.kwargs, seed, name)
+        return check_eager(model, program, other.args, other.kwargs, seed=seed, name=name)
     except AutotpError as error:
         return Check(name, None, f"refused: {error}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from autotp.errors import AutotpError
-from autotp.program import Node, Program
+from autotp.layouts import SortedCut
+from autotp.program import Node, Program, Ref
 from autotp.rules import Rule
 from autotp.strategies import Space, Strategy
 
@@ -23,17 +24,21 @@ def _word(program: Program, node: Node, rule: Rule | None, option: str, axis: in
         return {"I": "replicate"}.get(option, f"split {option[1:2]}" if option != "I" else "")
     if rule is None or option not in rule.factors:
         return "partial" if option.startswith("P") and option != "P" else "replicate"
+    uses = rule.uses[option]
+    cut = next((cut for name, axes, cut in strategy.factors if name == option and axis in axes), None)
+    by = {use.rows.by for use in uses if use.rows is not None} | ({cut.by} if isinstance(cut, SortedCut) else set())
+    if by:
+        return "expert" if "key" in by else "batch"
+    if rule.work == "attention" and option in ("h", "r", "s"):
+        return "sequence" if option == "s" else "heads"
     if option in rule.special:
         return "vocab"
-    uses = rule.uses[option]
-    weights = [i for i, ref in enumerate(node.inputs) if program.nodes[ref.node].kind == "parameter"]
+    weights = [i for i, ref in enumerate(node.inputs) if _is_weight(program, ref)]
     in_weight = [use for use in uses if not use.output and use.index in weights]
     in_output = [use for use in uses if use.output]
-    if rule.work == "attention" and option in ("h", "r"):
-        return "heads"
     if in_weight:
         rank = max(len(rule.operands[use.index]) for use in in_weight)
-        if rank == 3 and in_weight[0].dim == 0:
+        if rank == 3 and in_weight[0].dim == 0 and rule.work != "convolution":
             return "expert"
         return "column" if in_output else "row"
     first = in_output[0] if in_output else uses[0]
@@ -84,14 +89,24 @@ def speakers(space: Space) -> list[int]:
         if node.kind != "op":
             continue
         rule = space.rules[space.folding.representative[node.index]]
-        reads = any(program.nodes[ref.node].kind == "parameter" for ref in node.inputs)
-        if (rule is not None and rule.work == "attention") or (reads and (rule is None or rule.work == "gemm" or rule.special)):
+        reads = any(_is_weight(program, ref) for ref in node.inputs) and not _is_weight(program, Ref(node.index))
+        multiplies = rule is None or rule.work in ("gemm", "grouped", "convolution") or rule.special
+        if (rule is not None and rule.work == "attention") or (reads and multiplies):
             owning.setdefault(node.path, []).append(node.index)
         elif reads or node.path in last:
             last[node.path] = node.index
     found = [index for indices in owning.values() for index in indices]
     found += [index for path, index in last.items() if path not in owning]
     return sorted(found)
+
+
+VIEWS = frozenset("aten.transpose.int aten.t.default aten.permute.default aten.reshape.default aten.to.dtype".split())
+
+
+def _is_weight(program: Program, ref: Ref) -> bool:
+    """Whether a tensor is a parameter, or one turned or cast."""
+    node = program.nodes[ref.node]
+    return node.kind == "parameter" or (node.op in VIEWS and _is_weight(program, node.inputs[0]))
 
 
 def joined(words: tuple[str, ...]) -> str:
@@ -103,8 +118,8 @@ def joined(words: tuple[str, ...]) -> str:
 def apply_pins(space: Space, pins: dict[str, str]) -> dict[int, tuple[int, ...]]:
     """Representative node → the strategies that the pins leave.
 
-    A pin on a module holds for the operators that read its weights, or for its attention. With several mesh axes it must hold on
-    one of them; `replicate` means that no axis splits the weight.
+    A pin on a module holds for those of the operators that read its weights, or its attention, that can be so. With several mesh
+    axes it must hold on one of them; `replicate` means that no axis splits the weight.
 
     Raises:
         AutotpError: a pin's word is unknown, its pattern matches no module, or no strategy of a matching module has it.
@@ -119,18 +134,22 @@ def apply_pins(space: Space, pins: dict[str, str]) -> dict[int, tuple[int, ...]]
         if not matching:
             known = sorted({path for path in paths.values() if path})
             raise AutotpError(f"the pin {pattern!r} matches no module with weights; such modules are {', '.join(known[:6])}, …")
+        able: set[str] = set()
         for index in matching:
             owner = space.folding.representative[index]
             options = space.strategies[owner]
             before = allowed.get(owner, tuple(range(len(options))))
             kept = tuple(n for n in before if holds(word, words_of(program, program.nodes[owner], space.rules[owner], options[n])))
-            if not kept:
-                names = sorted({joined(words_of(program, program.nodes[owner], space.rules[owner], option)) for option in options})
-                raise AutotpError(
-                    f"the pin {pattern!r}: {word!r} is impossible for {program.nodes[index].path} ({program.nodes[index].op}); "
-                    f"it can be {', '.join(names)}"
-                )
-            allowed[owner] = kept
+            if kept:
+                able.add(paths[index])
+                allowed[owner] = kept
+        unable = [index for index in matching if paths[index] not in able]
+        if unable:
+            node = program.nodes[space.folding.representative[unable[0]]]
+            names = {joined(words_of(program, node, space.rules[node.index], option)) for option in space.strategies[node.index]}
+            raise AutotpError(
+                f"the pin {pattern!r}: {word!r} is impossible for {paths[unable[0]]} ({node.op}); it can be {', '.join(sorted(names))}"
+            )
     return allowed
 
 

@@ -27,9 +27,9 @@ def loss_of(output: Any) -> torch.Tensor:
     return output["loss"] if isinstance(output, Mapping) else output.square().mean()
 
 
-def train_and_compare(name: str, mesh: Any, **options: Any) -> None:
+def train_and_compare(name: str, mesh: Any, sizes: Mapping[str, int] | None = None, **options: Any) -> None:
     """Three AdamW steps with clipping on both models: outputs, every gradient and every parameter stay equal."""
-    one = example(name)
+    one = example(name, **(sizes or {}))
     many = autotp.parallelize(one.model, one.args, one.kwargs, mesh=mesh, cluster=splitting_pays(), **options)
     assert set(many.state_dict()) == set(one.model.state_dict())
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (one.model, many)]
@@ -69,6 +69,18 @@ def all_models(names: tuple[str, ...], mesh: Any) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_model_trains_like_one_device(ranks: int) -> None:
     run_ranks(all_models, ranks, NAMES, None)
+
+
+def uneven() -> None:
+    """14 query heads on 2 key heads, and GPT-2's vocabulary, which no number of ranks divides; the lookup split by rows too."""
+    with InFloat64():
+        for name, embedding in (("qwen2", "*.embed_tokens"), ("gpt2", "*.wte")):
+            train_and_compare(name, None, {"vocab_size": 50257}, pins={embedding: "vocab"})
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_uneven_sizes(ranks: int) -> None:
+    run_ranks(uneven, ranks)
 
 
 def test_two_dimensional_mesh_trains_like_one_device() -> None:
@@ -287,3 +299,30 @@ def test_examples_are_seeded() -> None:
     one, two = example("mlp"), example("mlp")
     assert isinstance(one, Example)
     assert torch.equal(one.args[0], two.args[0])
+
+
+class Frozen(nn.Module):
+    """Computes with a number that Python counts: a trace repeats the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def checked() -> None:
+    torch.manual_seed(0)
+    model, args = Frozen(), (torch.randn(4, 4),)
+    for check in (None, True):
+        with pytest.raises(AutotpError, match="the trace of Frozen computes something else than the model"):
+            autotp.parallelize(model, args, check=check)
+    assert model.calls == 0
+    many = autotp.parallelize(model, args, check=False)
+    assert_close(many(*args), model.layer(*args), "the first call")
+
+
+def test_a_trace_that_differs_from_the_model_is_refused_on_every_rank() -> None:
+    run_ranks(checked, 2)

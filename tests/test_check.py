@@ -341,9 +341,9 @@ PLANTED: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda plan: set_node(plan, "layer_norm", operands=("S2", "I", "I"), outputs=("S2",)),
         r"`layer_norm` .*: operand 0 \(`add`\) is S\(2\), a dim that this operator never splits, expected I",
     ),
-    "causal attention split by queries": (
-        lambda plan: set_node(plan, "scaled_dot_product_attention", operands=("S2", "R", "R"), outputs=("S2",)),
-        r"`scaled_dot_product_attention` .*: operand 0 .* is S\(2\), a dim that this operator never splits",
+    "attention split by keys": (
+        lambda plan: set_node(plan, "scaled_dot_product_attention", operands=("R", "S2", "R"), outputs=("R",)),
+        r"`scaled_dot_product_attention` .*: operand 1 .* is S\(2\), a dim that this operator never splits",
     ),
     "partial integers into a lookup": (
         lambda plan: set_node(plan, "embedding", operands=("I", "P"), outputs=("P",)),

@@ -43,6 +43,13 @@ def test_train_gpt2() -> None:
     assert "the losses are equal" in printed
 
 
+def test_own_operator() -> None:
+    printed = torchrun("04_own_operator.py")
+    assert "mylib.leaky_sum.default" in printed
+    assert "leaky_sum  column" in printed
+    assert "outputs and gradients equal those of one device" in printed
+
+
 def test_every_example_is_tested() -> None:
     tested = Path(__file__).read_text()
     for script in EXAMPLES.glob("[0-9]*.py"):

@@ -12,8 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autotp.errors import AutotpError
+from autotp.huggingface import build_from_config
 from autotp.loading import parse_dtype
 from autotp.models import load_model
+from autotp.shrink import shrink_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -230,7 +232,7 @@ def test_constructor_that_reads_a_tensor(config: Any) -> None:
         ("roberta", {"input_ids": (2, 8), "labels": (2, 8)}),
         ("t5", {"input_ids": (2, 8), "decoder_input_ids": (2, 8), "labels": (2, 8)}),
         ("whisper", {"input_features": (2, 8, 20), "decoder_input_ids": (2, 8), "labels": (2, 8)}),
-        ("vit", {"pixel_values": (2, 3, 16, 16)}),
+        ("vit", {"pixel_values": (2, 3, 16, 16), "labels": (2,)}),
         ("clip", {"input_ids": (2, 8), "pixel_values": (2, 3, 32, 32)}),
     ],
 )
@@ -243,6 +245,55 @@ def test_inputs(config: Any, kind: str, shapes: dict[str, tuple[int, ...]]) -> N
     real.model(**real.kwargs)
     assert bool(loaded.notes) == ("labels" not in shapes)
     assert "labels" not in load_model(path, seq=8, mode="inference").kwargs
+
+
+def inputs_of(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the inputs of a shrunken real model, which must accept them."""
+    options: dict[str, Any] = {"batch": 2, "seq": 8, "dtype": torch.float32, "mode": "train", "fake": False, "pixels": 64}
+    loaded = build_from_config(shrink_config(config), "it", **options)
+    loaded.model(**loaded.kwargs)
+    return {name: tuple(value.shape) for name, value in loaded.kwargs.items()}
+
+
+def test_an_image_takes_its_tokens_in_the_text() -> None:
+    shapes = inputs_of(transformers.LlavaConfig())
+    assert shapes == {"input_ids": (2, 24), "pixel_values": (2, 3, 56, 56), "labels": (2, 24)}  # 4 × 4 patches of 14
+    shapes = inputs_of(transformers.Idefics3Config())
+    assert shapes["pixel_values"] == (2, 1, 3, 128, 128) and shapes["input_ids"] == shapes["labels"]
+
+
+def test_audio_takes_its_tokens_in_the_text() -> None:
+    shapes = inputs_of(transformers.VoxtralConfig(audio_token_id=24))
+    assert shapes["input_features"] == (2, 128, 128) and shapes["input_ids"][1] > 8
+
+
+def test_parts_left_out_are_noted() -> None:
+    config = shrink_config(transformers.Qwen2VLConfig())
+    options: dict[str, Any] = {"batch": 1, "seq": 8, "dtype": None, "mode": "train"}
+    loaded = build_from_config(config, "it", fake=True, **options)
+    assert loaded.notes == ("The part of the model that reads images is left out: its inputs are text alone.",)
+
+
+def test_labels_of_the_task(config: Any) -> None:
+    for head, shape in [("TokenClassification", (2, 8)), ("SequenceClassification", (2,))]:
+        path = config(TINY["bert"], architectures=[f"BertFor{head}"])
+        labels = load_model(path, batch=2, seq=8, fake=False).kwargs["labels"]
+        assert labels.shape == shape and labels.max() < 2
+    pixels = inputs_of(transformers.SegformerConfig(architectures=["SegformerForSemanticSegmentation"]))["labels"]
+    assert pixels == (2, *inputs_of(transformers.SegformerConfig())["pixel_values"][2:])
+
+
+def test_parts_of_a_composite_decide_its_inputs() -> None:
+    vit, bert = transformers.ViTConfig(), transformers.BertConfig()
+    both = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, bert)
+    assert inputs_of(both)["pixel_values"] == (2, 3, 64, 64)
+    both = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(transformers.Wav2Vec2Config(), bert)
+    assert inputs_of(both)["inputs"] == (2, 16000)
+
+
+def test_arguments_that_a_forward_demands() -> None:
+    shapes = inputs_of(transformers.GroundingDinoConfig())
+    assert shapes["input_ids"] == (2, 8) and shapes["pixel_values"] == (2, 3, 64, 64)
 
 
 def test_token_ids_avoid_special_tokens(config: Any) -> None:
@@ -403,8 +454,8 @@ def test_wrong_configurations(config: Any, tmp_path: Path) -> None:
 
 
 def test_unknown_input_kind(config: Any) -> None:
-    sentence = refused(config({"model_type": "patchtst", "num_hidden_layers": 1}))
-    assert "no example can be made for the input `past_values`" in sentence
+    sentence = refused(config({"model_type": "pix2struct"}))
+    assert "no example can be made for the input `flattened_patches`" in sentence
 
 
 def test_quantization_is_left_out(config: Any) -> None:

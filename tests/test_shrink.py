@@ -12,7 +12,7 @@ import torch
 
 from autotp.errors import AutotpError
 from autotp.huggingface import read_config
-from autotp.shrink import load_shrunken, shrink_config
+from autotp.shrink import SCAN_HEAD_SIZES, SCAN_HEADS, load_shrunken, shrink_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -95,6 +95,42 @@ def test_nested_parts_fit_together() -> None:
     clip = shrink_config(transformers.CLIPConfig())
     assert clip.vision_config.image_size == 4 * clip.vision_config.patch_size
     assert clip.text_config.eos_token_id < clip.text_config.vocab_size
+
+
+def test_layers_whose_features_are_taken_stay() -> None:
+    dino = shrink_config(transformers.Dinov2Config(out_features=["stage3", "stage9", "stage12"]))
+    assert dino.num_hidden_layers == 4 and dino.out_features == ["stage2", "stage3", "stage4"]
+    dense = shrink_config(transformers.DPTConfig())
+    assert dense.num_hidden_layers == 5 and dense.backbone_out_indices == [1, 2, 3, 4]
+
+
+def test_blocks_that_layers_share_stay_shared() -> None:
+    zamba = shrink_config(transformers.Zamba2Config())
+    assert zamba.layers_block_type.count("hybrid") == 2
+
+
+@pytest.mark.parametrize("name", ["Zamba2", "FalconH1", "Bamba"])
+def test_heads_of_a_scan_fit_its_width(name: str) -> None:
+    config = shrink_config(getattr(transformers, f"{name}Config")())
+    heads = next(getattr(config, field) for field in SCAN_HEADS if hasattr(config, field))
+    size = next(getattr(config, field) for field in SCAN_HEAD_SIZES if hasattr(config, field))
+    assert heads * size == (getattr(config, "mamba_d_ssm", None) or config.mamba_expand * config.hidden_size)
+    assert config.hidden_size < 600
+
+
+def test_images_and_videos_are_small() -> None:
+    small = shrink_config(transformers.InternVLConfig()).vision_config
+    assert list(small.image_size) == [4 * patch for patch in small.patch_size]
+    assert shrink_config(transformers.MobileViTV2Config()).image_size == 64
+    assert shrink_config(transformers.VivitConfig()).num_frames <= 8
+    assert shrink_config(transformers.RTDetrConfig()).num_queries == 12
+
+
+def test_bottlenecks_follow_the_hidden_size() -> None:
+    small = shrink_config(transformers.MobileBertConfig())
+    assert small.true_hidden_size == small.intra_bottleneck_size < small.hidden_size
+    detector = shrink_config(transformers.RTDetrConfig())
+    assert set(detector.decoder_in_channels) == {detector.d_model} and detector.encoder_hidden_dim == detector.d_model
 
 
 def test_special_tokens_fit_and_stay_distinct() -> None:

@@ -53,10 +53,26 @@ class Deceiving(nn.Module):
         self.up = nn.Linear(4, 4)
     def forward(self, x):
         x = self.up(x)
-        return x * 2 if torch.compiler.is_exporting() else x * 3
+        return x * 2 if isinstance(x, torch._subclasses.FakeTensor) else x * 3
 
 def deceiving(batch=2):
     return Deceiving(), (torch.randn(batch, 4),)
+
+class InEval(Deceiving):
+    def forward(self, x):
+        return super().forward(x) if not self.training else self.up(x)
+
+def in_eval(batch=2):
+    return InEval(), (torch.randn(batch, 4),)
+
+class Broken(Deceiving):
+    def forward(self, x):
+        if not isinstance(x, torch._subclasses.FakeTensor):
+            raise ValueError("no kernel")
+        return self.up(x)
+
+def broken(batch=2):
+    return Broken(), (torch.randn(batch, 4),)
 """
 
 
@@ -72,7 +88,7 @@ def test_equal(code: str, axes: dict[str, int]) -> None:
     report = verify(f"{code}:net", axes=axes, batch=3, seq=7, plans=3)
     assert report.passed
     assert [check.name for check in report.checks] == [
-        *("eager and traced", "eager and traced, 4 × 10", "the planner's plan"),
+        *("eager and traced", "eager and traced, 4 × 10", "eager and traced, eval mode", "the planner's plan"),
         *("random plan 0", "random plan 1", "random plan 2"),
     ]
     assert all(check.error is not None and check.error < 1e-12 for check in report.checks)
@@ -92,6 +108,16 @@ def test_a_trace_that_differs_is_found(code: str) -> None:
     assert first.where.startswith(("output", "gradient"))
     assert report.worst > 0.1
     assert report.passes(report.checks[-1])  # the plan is equal to the (wrong) trace
+
+
+def test_a_trace_that_differs_in_eval_mode_is_found(code: str) -> None:
+    report = verify(f"{code}:in_eval", axes={"tp": 2}, plans=0)
+    assert [report.passes(check) for check in report.checks] == [True, True, False, True]
+
+
+def test_a_model_that_cannot_run_is_no_verified_model(code: str) -> None:
+    with pytest.raises(AutotpError, match=r"cannot be verified: the model itself cannot be run here \(no kernel\)"):
+        verify(f"{code}:broken", axes={"tp": 2}, plans=0)
 
 
 def test_nan_does_not_pass() -> None:

@@ -68,17 +68,20 @@ def peak_flops(cluster: Cluster, dtype: str) -> float:
     return rate / 4 if dtype.startswith("complex") else rate
 
 
-def gemm_seconds(cluster: Cluster, m: int, n: int, k: int, dtype: str, batch: int = 1) -> float:
+def gemm_seconds(
+    cluster: Cluster, m: int, n: int, k: int, dtype: str, batch: int = 1, traffic: float | None = None
+) -> float:
     """Seconds of `batch` products (m, k) @ (k, n) -> (m, n), all at local sizes.
 
     Args:
         m, n, k, batch: elements; a product without elements costs one launch.
         dtype: of operands and result, e.g. "bfloat16".
+        traffic: bytes read and written, where these are not matrices in memory (a convolution); None: those of the matrices.
 
     Raises:
         AutotpError: unknown dtype or a negative size.
     """
-    return _gemm_seconds(cluster, m, n, k, dtype, batch)
+    return _gemm_seconds(cluster, m, n, k, dtype, batch, traffic)
 
 
 def memory_seconds(cluster: Cluster, bytes: float, kernels: float = 1.0) -> float:
@@ -96,27 +99,29 @@ def memory_seconds(cluster: Cluster, bytes: float, kernels: float = 1.0) -> floa
 
 
 def attention_seconds(
-    cluster: Cluster, batch_heads: int, s: int, t: int, e: int, f: int, causal: bool, dtype: str
+    cluster: Cluster, batch_heads: int, s: int, t: int, e: int, f: int, causal: bool, dtype: str, start: int = 0
 ) -> float:
     """Seconds of the forward pass of fused attention: (batch_heads, s, e) · (…, t, e) · (…, t, f) -> (…, s, f).
 
-    FLOPs are 2 · pairs · (e + f), where a causal mask leaves min(i + 1, t) keys for query i. Scores never reach memory.
+    FLOPs are 2 · pairs · (e + f), where a causal mask leaves min(i + 1, t) keys for the query at position i. Scores never reach
+    memory.
 
     Args:
         batch_heads: batch × heads on this device; s, t: queries and keys; e, f: sizes of a key and of a value.
+        start: position of the first query, for the causal mask.
 
     Raises:
         AutotpError: unknown dtype or a negative size.
     """
-    return _attention_seconds(cluster, batch_heads, s, t, e, f, causal, dtype)
+    return _attention_seconds(cluster, batch_heads, s, t, e, f, causal, dtype, start)
 
 
 @lru_cache(maxsize=1 << 16)
-def _gemm_seconds(cluster: Cluster, m: int, n: int, k: int, dtype: str, batch: int) -> float:
+def _gemm_seconds(cluster: Cluster, m: int, n: int, k: int, dtype: str, batch: int, traffic: float | None) -> float:
     _check_sizes("matrix product", m=m, n=n, k=k, batch=batch)
     device, size, peak = cluster.accelerator, itemsize(dtype), peak_flops(cluster, dtype)
     flops = 2.0 * batch * m * n * k
-    traffic = float(size) * batch * (m * k + k * n + m * n)
+    traffic = float(size) * batch * (m * k + k * n + m * n) if traffic is None else traffic
     if flops == 0:
         return memory_seconds(cluster, traffic)
     arithmetic = max(_tiled_seconds(device, peak, m, n, k, batch), flops / (peak * device.gemm.max_efficiency))
@@ -150,15 +155,14 @@ def _reloads(gemm: Gemm, tile: tuple[int, int]) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _attention_seconds(
-    cluster: Cluster, batch_heads: int, s: int, t: int, e: int, f: int, causal: bool, dtype: str
+    cluster: Cluster, batch_heads: int, s: int, t: int, e: int, f: int, causal: bool, dtype: str, start: int
 ) -> float:
-    _check_sizes("attention", batch_heads=batch_heads, s=s, t=t, e=e, f=f)
+    _check_sizes("attention", batch_heads=batch_heads, s=s, t=t, e=e, f=f, start=start)
     device, size = cluster.accelerator, itemsize(dtype)
     traffic = float(size) * batch_heads * (s * e + t * e + t * f + s * f)
     pairs = s * t
     if causal:
-        square = min(s, t)
-        pairs = square * (square + 1) // 2 + (s - square) * t
+        pairs = _causal_pairs(start + s, t) - _causal_pairs(start, t)
     flops = 2.0 * batch_heads * pairs * (e + f)
     if flops == 0:
         return memory_seconds(cluster, traffic)
@@ -168,6 +172,12 @@ def _attention_seconds(
     busy = blocks / (ceil(blocks / units) * units)
     arithmetic = flops / (peak_flops(cluster, dtype) * device.attention_efficiency * busy)
     return device.launch_seconds + max(arithmetic, traffic / (device.bandwidth * device.bandwidth_efficiency))
+
+
+def _causal_pairs(queries: int, t: int) -> int:
+    """Pairs of the first `queries` positions with the keys that each of them sees, of `t` keys in all."""
+    square = min(queries, t)
+    return square * (square + 1) // 2 + (queries - square) * t
 
 
 def _dtype(dtype: str) -> tuple[int, str]:

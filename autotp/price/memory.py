@@ -15,13 +15,17 @@ def saved(node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(operands, outputs) that the operator keeps for its backward, by position; read off torch's derivatives.yaml."""
     name = node.op.split(".")[1] if node.op.startswith("aten.") else node.op
     operands = tuple(range(len(node.inputs)))
+    if name in ("autotp.experts.dispatch", "autotp.experts.combine"):
+        return (1,), ()
     if name in SAVES_NOTHING:
         return (), ()
     if name in SAVES_OUTPUT:
         return (), (0,)
     if name in ("addmm", "baddbmm"):
         return (1, 2), ()
-    if name == "linear":
+    if name.startswith(("upsample_", "_upsample_", "pixel_")):
+        return (), ()
+    if name == "linear" or name.startswith("conv"):
         return (0, 1), ()
     if name in ("mul", "div") and len(operands) < 2:
         return (), ()

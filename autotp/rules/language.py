@@ -39,19 +39,52 @@ class Part(NamedTuple):
     stop: Size
 
 
-Dim = tuple[str, ...] | Part
-"""What one dim is made of: the product of factors, outermost first (empty for size 1), or a part of one factor."""
+class SortedRows(NamedTuple):
+    """A dim of `size` rows sorted by a key; `order` is the node that made the order (see `autotp.experts`).
+
+    Splitting factor `slot` (each of its elements stands for `repeat` slots) leaves a rank the rows of its slots, splitting factor
+    `key` those of its keys.
+    """
+
+    slot: str
+    repeat: Size
+    key: str
+    size: Size
+    order: int
+
+
+Dim = tuple[str, ...] | Part | SortedRows
+"""What one dim is made of: the product of factors, outermost first (empty for size 1), a part of one factor, or sorted rows."""
+
+
+def factors_in(dims: tuple[Dim, ...]) -> set[str]:
+    """The factors whose products a tensor's dims are; parts and sorted rows do not count."""
+    return {name for dim in dims if not isinstance(dim, (Part, SortedRows)) for name in dim}
+
+
+class RowsOf(NamedTuple):
+    """That a dim holds the sorted rows of a factor's slots or keys."""
+
+    by: Literal["key", "slot"]
+    size: Size
+    order: int
 
 
 class Use(NamedTuple):
-    """One dim that has a factor: dim = `outer` × factor × `inner`, or the stretch `part` of the factor."""
+    """One dim that has a factor: dim = `outer` × factor × `inner`, the stretch `part` of the factor, or `rows` sorted by it."""
 
     output: bool
     index: int  # type: ignore[assignment]
     dim: int
     outer: Size
     inner: Size
-    part: tuple[Size, Size] | None
+    part: tuple[Size, Size] | None = None
+    rows: RowsOf | None = None
+
+    @property
+    def is_whole_dim(self) -> bool:
+        """Whether the dim is the factor and nothing else."""
+        return self.outer == 1 and self.inner == 1 and self.part is None and self.rows is None
 
 
 @dataclass(frozen=True)
@@ -68,6 +101,8 @@ class Call:
     operands: tuple[TensorType | None, ...]
     positions: tuple[int | None, ...]
     outputs: tuple[TensorType, ...]
+    where: str = ""
+    """For messages: ` in module `x` (file:line)`."""
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at `position`, or called `name`, or the default."""
@@ -83,7 +118,7 @@ class Call:
 class Local:
     """What a rule's `local` function sees when its node is emitted for one rank.
 
-    It returns (target, args, kwargs) of the local call. Sizes may be ints, expressions, or the two classes below, which the
+    It returns (target, args, kwargs) of the local call. Sizes may be ints, expressions, or the classes below, which the
     rewriter turns into numbers for this rank.
     """
 
@@ -116,6 +151,12 @@ class LocalStart(NamedTuple):
     split: Split
 
 
+class LocalElements(NamedTuple):
+    """The global indices of all elements of a split dim that this rank holds, as a tensor; of sorted rows, their places."""
+
+    split: Split
+
+
 def local_sizes(shape: tuple[Size, ...], layout: Layout) -> list[Any]:
     """The local shape that `layout` gives a tensor of global `shape`, split dims as `LocalSize`."""
     sizes: list[Any] = list(shape)
@@ -124,7 +165,7 @@ def local_sizes(shape: tuple[Size, ...], layout: Layout) -> list[Any]:
     return sizes
 
 
-Work = Literal["gemm", "attention", "memory", "none"]
+Work = Literal["gemm", "grouped", "convolution", "attention", "memory", "none"]
 
 LocalCall = Callable[[Local], tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
@@ -139,8 +180,8 @@ class Rule:
         whole: factors that are never split; special: factors split only through `local`.
         summands: operands that must be partial where an output is.
         linear: groups of operands in which the operator is jointly linear: such a group may be partial.
-        work: what the operator's time goes into: "gemm" (a matrix product over the factors), "attention", "memory" (reading the
-            operands and writing the outputs), or "none" (a view).
+        work: what the operator's time goes into: "gemm" (a matrix product over the factors), "grouped" (one for every key),
+            "convolution", "attention", "memory" (reading the operands and writing the outputs), or "none" (a view).
         random: whether the operator draws random numbers.
         reduction: the kind of an output whose factor is split away: "P" (a sum) or "M" (a maximum, without gradient).
         local: how the node is called on one rank, if not simply with its local operands.
@@ -167,6 +208,11 @@ class Rule:
                 for dim, content in enumerate(dims):
                     if isinstance(content, Part):
                         found[content.name].append(Use(output, index, dim, 1, 1, (content.start, content.stop)))
+                        continue
+                    if isinstance(content, SortedRows):
+                        slot, key = (RowsOf(by, content.size, content.order) for by in ("slot", "key"))
+                        found[content.slot].append(Use(output, index, dim, 1, content.repeat, None, slot))
+                        found[content.key].append(Use(output, index, dim, 1, 1, None, key))
                         continue
                     for place, name in enumerate(content):
                         outer = math.prod(self.factors[other] for other in content[:place])
@@ -294,8 +340,14 @@ class _Binding:
         """What a dim is made of: nothing where it broadcasts, and factors of size 1 left out."""
         if size == 1:
             return ()
-        if math.prod(self.hints.get(name, 0) for name in names) != hint:
-            expected = math.prod(self.sizes.get(name, 0) for name in names)
+        unknown = [name for name in names if name not in self.hints]
+        if unknown:
+            raise AutotpError(
+                f"the rule {self.text!r} does not tell the size of {unknown[0]!r} in ({' '.join(names)}); name it in a dim of its "
+                f"own, or pass sizes={{{unknown[0]!r}: ...}}"
+            )
+        if math.prod(self.hints[name] for name in names) != hint:
+            expected = math.prod(self.sizes[name] for name in names)
             raise AutotpError(f"the rule {self.text!r} expects a dim of size {expected}, but the operand has {size}")
         return tuple(name for name in names if self.sizes[name] != 1)
 
@@ -334,7 +386,10 @@ def bind(
             if len(names) > 1:
                 binding.infer(names, size, hint)
     contents = [tuple(binding.content(*dim) for dim in dims) for dims in places]
-    kept = {name: size for name, size in binding.sizes.items() if size != 1}
+    used = {name for dims in contents for dim in dims for name in dim}
+    kept = {name: size for name, size in binding.sizes.items() if name in used}
+    flat = [[name for dim in dims for name in dim] for dims in contents]
+    twice = {name for names in flat for name in names if names.count(name) > 1}  # no layout splits two dims of one tensor alike
     order = [position for position in call.positions if position is not None]
     operands: list[tuple[Dim, ...]] = [()] * len(order)
     for content, position in zip(contents, order):
@@ -349,7 +404,7 @@ def bind(
         factors=kept,
         operands=tuple(operands),
         outputs=tuple(contents[len(order) :]),
-        whole=pattern.whole & kept.keys(),
+        whole=(pattern.whole | twice) & kept.keys(),
         special=pattern.special & kept.keys(),
         summands=frozenset(summands),
         linear=tuple(dict.fromkeys(groups)),
@@ -396,4 +451,5 @@ def call_of(node: Node, types: Callable[[Ref], TensorType]) -> Call:
         positions.append(position)
         taken.update(() if position is None else (position,))
     operands = tuple(types(ref) if ref is not None else None for ref in slots)
-    return Call(node.op, node.args, node.kwargs, operands, tuple(positions), node.outputs)
+    where = f" in module `{node.path or '(root)'}`" + (f" ({node.source})" if node.source else "")
+    return Call(node.op, node.args, node.kwargs, operands, tuple(positions), node.outputs, where)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from autotp.rules.language import Call, Rule, bind
+from autotp.rules.language import ELLIPSIS, Call, Rule, bind
 from autotp.rules.registry import rule, rule_for
 
 rule("aten.mm.default", "m k, k n -> m n", linear=((0,), (1,)), work="gemm")
 rule("aten.bmm.default", "b m k, b k n -> b m n", linear=((0,), (1,)), work="gemm")
 rule("aten.mv.default", "m k, k -> m", linear=((0,), (1,)), work="gemm")
 rule("aten.dot.default", "k, k -> ", linear=((0,), (1,)), work="gemm")
+rule("aten.vdot.default", "k, k -> ", linear=((0,), (1,)), work="gemm")
 rule("aten.outer.default", "m, n -> m n", linear=((0,), (1,)))
+rule("aten.linalg_matrix_exp.default aten.linalg_matrix_power.default aten.linalg_inv.default", "... m^ m^ -> ... m^ m^")
+rule("aten.linalg_cholesky.default", "... m^ m^ -> ... m^ m^")
+rule("aten._cdist_forward.default", "... m d^, ... n d^ -> ... m n")
 
 
 @rule_for("aten.linear.default")
@@ -20,18 +24,24 @@ def linear(call: Call) -> Rule:
     return bind("... i, o i, +o -> ... o", call, linear=((0, 2), (1, 2)), work="gemm")
 
 
-@rule_for("aten.addmm.default")
-def addmm(call: Call) -> Rule:
+PRODUCTS = {
+    "aten.addmm.default": "m k, k n -> m n",
+    "aten.baddbmm.default": "b m k, b k n -> b m n",
+    "aten.addbmm.default": "b m k, b k n -> m n",
+    "aten.addmv.default": "m k, k -> m",
+    "aten.addr.default": "m, n -> m n",
+}
+
+
+@rule_for(" ".join(PRODUCTS))
+def bias_and_product(call: Call) -> Rule | None:
     """bias + a @ b; a broadcast bias lacks the factors of its size-1 dims."""
-    bias = " ".join(["m", "n"][2 - len(call.tensors[0].shape) :])
-    return bind(f"+{bias}, m k, k n -> m n", call, linear=((0, 1), (0, 2)), work="gemm")
-
-
-@rule_for("aten.baddbmm.default")
-def baddbmm(call: Call) -> Rule:
-    """bias + a @ b for a batch; a broadcast bias lacks the factors of its size-1 dims."""
-    bias = " ".join(["b", "m", "n"][3 - len(call.tensors[0].shape) :])
-    return bind(f"+{bias}, b m k, b k n -> b m n", call, linear=((0, 1), (0, 2)), work="gemm")
+    product = PRODUCTS[call.op]
+    if call.op == "aten.addmv.default" and call.tensors[0].shape != call.outputs[0].shape:
+        return None  # PyTorch's own result has the bias's shape where a piece is empty
+    output = product.partition("-> ")[2].split()
+    bias = " ".join(output[len(output) - len(call.tensors[0].shape) :])
+    return bind(f"+{bias}, {product}", call, linear=((0, 1), (0, 2)), work="gemm")
 
 
 @rule_for("aten.matmul.default")
@@ -47,13 +57,39 @@ def matmul(call: Call) -> Rule:
 
 
 @rule_for("aten.einsum.default")
-def einsum(call: Call) -> Rule | None:
-    """The equation is the rule, if each operand names each index once."""
+def einsum(call: Call) -> Rule:
+    """The equation is the rule. An index that one operand names twice (a diagonal) stays whole.
+
+    Without an arrow the output has the indices that stand once, in alphabetical order, after those of the ellipsis.
+    """
     equation = str(call.args[0]).replace(" ", "")
-    if "->" not in equation or "." in equation:
-        return None
-    left, right = equation.split("->")
-    if any(len(set(term)) != len(term) for term in left.split(",")):
-        return None
-    pattern = ", ".join(" ".join(term) for term in left.split(",")) + " -> " + " ".join(right)
+    left, arrow, right = equation.partition("->")
+    if not arrow:
+        letters = left.replace(",", "").replace(ELLIPSIS, "")
+        right = ELLIPSIS * (ELLIPSIS in left) + "".join(sorted(letter for letter in letters if letters.count(letter) == 1))
+    terms = [term.replace(ELLIPSIS, ".") for term in left.split(",")]
+    twice = {letter for term in terms for letter in term if term.count(letter) > 1}
+
+    def words(term: str) -> str:
+        return " ".join(ELLIPSIS if letter == "." else letter + "^" * (letter in twice) for letter in term)
+
+    pattern = ", ".join(words(term) for term in terms) + " -> " + words(right.replace(ELLIPSIS, "."))
     return bind(pattern, call, linear=tuple((i,) for i in range(len(call.operands))), work="gemm")
+
+
+@rule_for("aten._trilinear.default")
+def trilinear(call: Call) -> Rule:
+    """The product of three operands, each without the dims that its list names, summed over some; `bilinear` consists of it."""
+    rank = len(call.tensors[0].shape) + len(call.args[3])
+    operands = [" ".join(f"d{i}" for i in range(rank) if i not in lacking) for lacking in call.args[3:6]]
+    output = " ".join(f"d{i}" for i in range(rank) if i not in call.args[6])
+    return bind(f"{', '.join(operands)} -> {output}", call, linear=((0,), (1,), (2,)))
+
+
+@rule_for("aten.linalg_cross.default")
+def cross(call: Call) -> Rule:
+    """The dim of the three coordinates stays whole."""
+    rank = len(call.outputs[0].shape)
+    dim = call.argument(2, "dim", -1) % rank
+    dims = " ".join(f"a{i}^" if i == dim else f"d{i}" for i in range(rank))
+    return bind(f"{dims}, {dims} -> {dims}", call, linear=((0,), (1,)))

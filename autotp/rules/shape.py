@@ -1,13 +1,14 @@
-"""Operators that only rearrange: views, splits, concatenations. All are linear."""
+"""Views: operators that give the elements of a tensor other dims, or repeat them. All are linear."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from autotp.program import Size
-from autotp.rules.language import Call, Dim, Local, Part, Rule, bind, exact_quotient
+from autotp.rules.language import Call, Dim, Local, Rule, bind, exact_quotient
 from autotp.rules.registry import rule, rule_for
 
 aten = torch.ops.aten
@@ -30,71 +31,63 @@ def names(rank: int) -> list[str]:
 def common_factors(left: tuple[Size, ...], right: tuple[Size, ...]) -> tuple[list[Dim], list[Dim], dict[str, Size], set[str]]:
     """Write two shapes of equal size as products of common factors, outermost first.
 
-    Returns what each dim of either side is made of, the factors' sizes, and the factors that must stay whole because
-    the two shapes cut across each other there. (6, 4) → (3, 8) gives (f0 f1)(f2) and (f0)(f1 f2).
+    Returns what each dim of either side is made of, the factors' sizes, and the factors that must stay whole because the two
+    shapes cut across each other there. (6, 4) → (3, 8) gives (f0 f1)(f2) and (f0)(f1 f2); of (5, 4, 9) → (5, 6, 6) the 5 alone is
+    common, and 4, 9, 6, 6 stay whole.
     """
     sides: tuple[list[list[str]], list[list[str]]] = ([[] for _ in left], [[] for _ in right])
     sizes: dict[str, Size] = {}
     whole: set[str] = set()
-    i = j = 0
-    rest_left: Size | None = None
-    rest_right: Size | None = None
 
-    def share(size: Size) -> None:
+    def name(size: Size, *places: tuple[int, int]) -> None:
+        """One factor for the dims at these places, (side, dim) each; a place of its own is whole."""
         if size != 1:
-            name = f"f{len(sizes)}"
-            sizes[name] = size
-            sides[0][i].append(name)
-            sides[1][j].append(name)
+            factor = f"f{len(sizes)}"
+            sizes[factor] = size
+            whole.update([factor] if len(places) == 1 else [])
+            for side, dim in places:
+                sides[side][dim].append(factor)
 
-    while i < len(left) and j < len(right):
-        a = left[i] if rest_left is None else rest_left
-        b = right[j] if rest_right is None else rest_right
-        if a == b:
-            share(a)
-            i, j, rest_left, rest_right = i + 1, j + 1, None, None
-        elif a == 1:
-            i, rest_left = i + 1, None
-        elif b == 1:
-            j, rest_right = j + 1, None
-        elif (quotient := exact_quotient(a, b)) is not None:
-            share(b)
-            rest_left, j, rest_right = quotient, j + 1, None
-        elif (quotient := exact_quotient(b, a)) is not None:
-            share(a)
-            rest_right, i, rest_left = quotient, i + 1, None
+    a, b = [*reversed([*enumerate(left)])], [*reversed([*enumerate(right)])]  # what is left of either shape, next dim last
+    while a and b:
+        (i, p), (j, q) = a.pop(), b.pop()
+        if p == q:
+            name(p, (0, i), (1, j))
+        elif p == 1:
+            b.append((j, q))
+        elif q == 1:
+            a.append((i, p))
+        elif (quotient := exact_quotient(p, q)) is not None:
+            name(q, (0, i), (1, j))
+            a.append((i, quotient))
+        elif (quotient := exact_quotient(q, p)) is not None:
+            name(p, (0, i), (1, j))
+            b.append((j, quotient))
         else:
-            return _opaque(left, right)
+            across, opposite = _until_they_meet([(i, p), *reversed(a)], [(j, q), *reversed(b)])
+            for side, dims in enumerate((across, opposite)):
+                for dim, size in dims:
+                    name(size, (side, dim))
+            del a[len(a) + 1 - len(across) :], b[len(b) + 1 - len(opposite) :]
     return [tuple(dim) for dim in sides[0]], [tuple(dim) for dim in sides[1]], sizes, whole
 
 
-def _opaque(left: tuple[Size, ...], right: tuple[Size, ...]) -> tuple[list[Dim], list[Dim], dict[str, Size], set[str]]:
-    """Shapes that cut across each other: equal leading and trailing dims are shared, the rest stays whole."""
-    head = 0
-    while head < min(len(left), len(right)) and left[head] == right[head]:
-        head += 1
+Place = tuple[int, Size]
+"""A dim, and its size or what is left of it."""
+
+
+def _until_they_meet(left: list[Place], right: list[Place]) -> tuple[list[Place], list[Place]]:
+    """The shortest starts of two shapes that hold equally many elements; where no products are known to be equal, all but
+    their equal ends."""
+    sizes = [[size for _, size in side] for side in (left, right)]
+    for i in range(1, len(left) + 1):
+        for j in range(1, len(right) + 1):
+            if math.prod(sizes[0][:i]) == math.prod(sizes[1][:j]):
+                return left[:i], right[:j]
     tail = 0
-    while tail < min(len(left), len(right)) - head and left[-1 - tail] == right[-1 - tail]:
+    while tail < min(len(left), len(right)) - 1 and sizes[0][-1 - tail] == sizes[1][-1 - tail]:
         tail += 1
-    sizes: dict[str, Size] = {}
-    whole: set[str] = set()
-
-    def dims(shape: tuple[Size, ...], side: str) -> list[Dim]:
-        found: list[Dim] = []
-        for place, size in enumerate(shape):
-            from_end = len(shape) - place
-            if size == 1:
-                found.append(())
-                continue
-            shared = place < head or from_end <= tail
-            name = (f"h{place}" if place < head else f"t{from_end}") if shared else f"{side}{place}"
-            sizes[name] = size
-            if not shared:
-                whole.add(name)
-            found.append((name,))
-        return found
-
-    return dims(left, "l"), dims(right, "r"), sizes, whole
+    return left[: len(left) - tail], right[: len(right) - tail]
 
 
 def _resize(target: Any, position: int) -> Any:
@@ -206,140 +199,19 @@ def repeat(call: Call) -> Rule | None:
 
 
 @rule_for("aten.repeat_interleave.self_int")
-def repeat_interleave(call: Call) -> Rule | None:
-    """A repeated dim is (element, copy), element outermost."""
+def repeat_interleave(call: Call) -> Rule:
+    """A repeated dim is (element, copy), element outermost; without a dim, all dims are merged first."""
     dim = call.argument(2, "dim")
     rank = len(call.tensors[0].shape)
-    if dim is None or rank == 0:
-        return None
-    dim %= rank
+    copies = call.argument(1, "repeats")
     left = names(rank)
-    right = [f"({d} n^)" if i == dim else d for i, d in enumerate(left)]
-
-    def local_call(local: Local) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        return local.target, (local.args[0], local.call.argument(1, "repeats"), dim), {}
-
-    return rearrange(call, " ".join(left) + " -> " + " ".join(right), work="memory", local=local_call)
-
-
-# ---- stretches of a dim ---------------------------------------------------------------------------------------------
-
-
-@rule_for("aten.slice.Tensor aten.roll.default aten.flip.default aten.unfold.default")
-def along_dims(call: Call) -> Rule:
-    """Whatever a slice, roll, flip or unfold changes stays whole; the other dims are free."""
-    rank = len(call.tensors[0].shape)
-    if call.op == "aten.slice.Tensor":
-        touched = {call.argument(1, "dim", 0) % rank}
-    elif call.op == "aten.unfold.default":
-        touched = {call.args[1] % max(rank, 1), rank}
+    if dim is None or rank == 0:
+        right = [" ".join(["(", *left, "n^", ")"])]
     else:
-        dims = call.argument(2 if call.op == "aten.roll.default" else 1, "dims", [])
-        touched = {dim % max(rank, 1) for dim in dims} or set(range(rank))
-    return rearrange(call, _changed(call, touched), work="none" if call.op == "aten.slice.Tensor" else "memory")
-
-
-@rule_for("aten.pad.default aten.constant_pad_nd.default")
-def pad(call: Call) -> Rule:
-    """Padded dims stay whole; filling with a number other than zero is not linear. Other modes refuse an empty dim but the batch."""
-    rank, amounts = len(call.tensors[0].shape), call.args[1]
-    mode = call.argument(2, "mode", "constant") if call.op == "aten.pad.default" else "constant"
-    if mode != "constant":
-        return rearrange(call, _changed(call, set(range(rank > len(amounts) // 2 + 1, rank))), work="memory")
-    value = call.argument(3 if call.op == "aten.pad.default" else 2, "value") or 0
-    touched = {rank - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
-    return bind(_changed(call, touched), call, linear=() if value else ((0,),))
-
-
-def _changed(call: Call, touched: set[int]) -> str:
-    """A pattern in which the dims `touched` stay whole and may change their size."""
-    left = " ".join(f"a{i}^" if i in touched else f"d{i}" for i in range(len(call.tensors[0].shape)))
-    right = " ".join(f"b{i}^" if i in touched else f"d{i}" for i in range(len(call.outputs[0].shape)))
-    return f"{left} -> {right}"
-
-
-@rule_for("aten.select.int")
-def select(call: Call) -> Rule:
-    """The selected dim leaves and stays whole."""
-    rank = len(call.tensors[0].shape)
-    dim = call.args[1] % rank
-    left = [f"a{i}^" if i == dim else f"d{i}" for i in range(rank)]
-    return rearrange(call, " ".join(left) + " -> " + " ".join(f"d{i}" for i in range(rank) if i != dim))
-
-
-@rule_for("aten.unbind.int")
-def unbind(call: Call) -> Rule:
-    """The unbound dim leaves and stays whole."""
-    rank = len(call.tensors[0].shape)
-    dim = call.argument(1, "dim", 0) % rank
-    left = " ".join(f"a{i}^" if i == dim else f"d{i}" for i in range(rank))
-    right = " ".join(f"d{i}" for i in range(rank) if i != dim)
-    return rearrange(call, f"{left} -> " + ", ".join([right] * len(call.outputs)))
-
-
-def _parts(sizes: list[Size]) -> list[Part]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(Part("c", start, start + size))
-        start = start + size
-    return parts
-
-
-@rule_for("aten.split.Tensor aten.split_with_sizes.default aten.chunk.default aten.tensor_split.sections")
-def split(call: Call) -> Rule:
-    """The split dim is one factor, each output a part of it: q, k and v of a fused projection."""
-    shape = call.tensors[0].shape
-    rank = len(shape)
-    dim = call.argument(2, "dim", 0) % rank
-    sizes = [output.shape[dim] for output in call.outputs]
-    base = [() if size == 1 else (f"d{i}",) for i, size in enumerate(shape)]
-    left: list[Dim] = [("c",) if i == dim else base[i] for i in range(rank)]
-    factors = {f"d{i}": size for i, size in enumerate(shape) if i != dim and size != 1}
+        right = [f"({d} n^)" if i == dim % rank else d for i, d in enumerate(left)]
 
     def local_call(local: Local) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        pieces = [local.output_shape(index)[dim] for index in range(len(sizes))]
-        return aten.split_with_sizes.default, (local.args[0], pieces, dim), {}
+        return local.target, (local.args[0], copies, dim), {}
 
-    return Rule(
-        factors={"c": shape[dim], **factors},
-        operands=(tuple(left),),
-        outputs=tuple(tuple(part if i == dim else base[i] for i in range(rank)) for part in _parts(sizes)),
-        whole=frozenset(["c"] if any(size == 1 for size in sizes) else []),
-        linear=((0,),),
-        work="none",
-        local=local_call,
-    )
-
-
-@rule_for("aten.cat.default aten.concat.default aten.concatenate.default")
-def cat(call: Call) -> Rule | None:
-    """The joined dim is one factor, each operand a part of it."""
-    tensors = call.tensors
-    rank = len(call.outputs[0].shape)
-    dim = call.argument(1, "dim", 0) % rank
-    if any(len(tensor.shape) != rank for tensor in tensors):
-        return None  # torch lets an empty 1-D tensor join anything
-    sizes = [tensor.shape[dim] for tensor in tensors]
-    base = [() if size == 1 else (f"d{i}",) for i, size in enumerate(call.outputs[0].shape)]
-    operands: list[tuple[Dim, ...]] = [()] * len(tensors)
-    for part, position in zip(_parts(sizes), call.positions, strict=True):
-        assert position is not None
-        operands[position] = tuple(part if i == dim else base[i] for i in range(rank))
-    factors = {f"d{i}": size for i, size in enumerate(call.outputs[0].shape) if i != dim and size != 1}
-    return Rule(
-        factors={"c": call.outputs[0].shape[dim], **factors},
-        operands=tuple(operands),
-        outputs=(tuple(("c",) if i == dim else base[i] for i in range(rank)),),
-        whole=frozenset(["c"] if any(size == 1 for size in sizes) else []),
-        linear=(tuple(range(len(tensors))),),
-    )
-
-
-@rule_for("aten.stack.default")
-def stack(call: Call) -> Rule:
-    """The new dim stays whole."""
-    rank = len(call.outputs[0].shape)
-    dim = call.argument(1, "dim", 0) % rank
-    right = [f"n{i}^" if i == dim else f"d{i}" for i in range(rank)]
-    left = " ".join(f"d{i}" for i in range(rank) if i != dim)
-    return rearrange(call, ", ".join([left] * len(call.operands)) + " -> " + " ".join(right), work="memory")
+    known = {"n": copies} if isinstance(copies, int) else {}
+    return rearrange(call, " ".join(left) + " -> " + " ".join(right), work="memory", sizes=known, local=local_call)

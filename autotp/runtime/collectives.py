@@ -18,6 +18,7 @@ from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.layouts import Coordinate, Move, at_sizes
 from autotp.runtime.primitives import AllToAll, Primitive, backward_primitive, forward_primitive
+from autotp.runtime.sorted_rows import is_sorted, sorted_primitive
 
 Steps = tuple[Primitive, ...]
 
@@ -141,7 +142,9 @@ def _refuse_second_derivatives() -> None:
 
 
 class Convert(nn.Module):
-    """Changes the layout of a tensor: `forward(x, *sizes)` goes from `path[0].source` to `path[-1].target`, both local.
+    """Changes the layout of a tensor: `forward(x, *rest)` goes from `path[0].source` to `path[-1].target`, both local.
+
+    `rest` begins with the order of the rows, a tensor, if a layout of the path has sorted rows; then come the `sizes`.
 
     Args:
         path: the moves, each starting where the one before it ends.
@@ -167,14 +170,18 @@ class Convert(nn.Module):
         self.path, self.mesh, self.coordinate = path, mesh, coordinate
         self.symbols, self.gradient = symbols, gradient
         self.comm = _NotBound()
+        self.is_sorted = any(is_sorted(layout) for move in path for layout in (move.source, move.target))
         self._cache: dict[tuple[tuple[int, ...], torch.device], tuple[Steps, Steps, bool]] = {}
 
-    def steps(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Steps, Steps]:
+    def steps(self, rest: tuple[Any, ...], device: torch.device) -> tuple[Steps, Steps]:
         """The primitives of the value and those of its gradient, in the order in which they run, without "none"s."""
-        return self._planned(sizes, device)[:2]
+        return self._planned(rest, device)[:2]
 
-    def _planned(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Steps, Steps, bool]:
+    def _planned(self, rest: tuple[Any, ...], device: torch.device) -> tuple[Steps, Steps, bool]:
         """`steps`, and whether all of them leave the tensor on this rank as it is."""
+        if self.is_sorted:
+            return self._planned_for(rest[0], tuple(map(index, rest[1:])), device)
+        sizes: tuple[int, ...] = rest
         if torch.compiler.is_compiling():
             sizes = tuple(index(size) for size in sizes)  # a compiled graph holds for these sizes alone
             self._plan(sizes, device)
@@ -182,20 +189,37 @@ class Convert(nn.Module):
             self._plan(sizes, device)
         return self._cache[sizes, device]
 
+    def _path_at(self, sizes: tuple[int, ...]) -> list[Move]:
+        """The path at these sizes, plain ints."""
+        values = dict(zip(self.symbols, sizes, strict=True))
+        return [Move(m.axis, at_sizes(m.source, values), at_sizes(m.target, values)) for m in self.path]
+
+    def _planned_for(self, order: Tensor, sizes: tuple[int, ...], device: torch.device) -> tuple[Steps, Steps, bool]:
+        """The same where rows are sorted: which rows go where depends on their order, and is found anew in every call."""
+        path = self._path_at(sizes)
+
+        def primitive(move: Move, backward: bool) -> Primitive:
+            if is_sorted(move.source) or is_sorted(move.target):
+                return sorted_primitive(move, backward, self.mesh, self.coordinate, order)
+            return (backward_primitive if backward else forward_primitive)(move, self.mesh, self.coordinate, device)
+
+        forward = [primitive(move, False) for move in path]
+        backward = [primitive(move, True) for move in reversed(path)] if self.gradient else []
+        return _without_none(forward), _without_none(backward), all(step.idle for step in (*forward, *backward))
+
     def _plan(self, sizes: tuple[int, ...], device: torch.device) -> None:
         """Fill the cache."""
         if (sizes, device) not in self._cache:
-            values = dict(zip(self.symbols, sizes, strict=True))
-            path = [Move(m.axis, at_sizes(m.source, values), at_sizes(m.target, values)) for m in self.path]
+            path = self._path_at(sizes)
             forward = [forward_primitive(move, self.mesh, self.coordinate, device) for move in path]
             back = reversed(path) if self.gradient else []
             backward = [backward_primitive(move, self.mesh, self.coordinate, device) for move in back]
             idle = all(step.idle for step in (*forward, *backward))
             self._cache[sizes, device] = _without_none(forward), _without_none(backward), idle
 
-    def forward(self, x: Tensor, *sizes: int) -> Tensor:
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """The local tensor in the target layout; `x` is not modified, and itself returned if nothing is to be done."""
-        forward, backward, idle = self._planned(sizes, x.device)
+        forward, backward, idle = self._planned(rest, x.device)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return run(forward, x, self.comm) if forward else x
         if not self.gradient:

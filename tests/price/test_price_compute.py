@@ -105,6 +105,8 @@ def test_memory_seconds() -> None:
 def test_attention_halves_with_a_causal_mask_and_decoding_reads_the_cache() -> None:
     full = attention_seconds(H100, 64, 8192, 8192, 128, 128, False, "bfloat16")
     assert attention_seconds(H100, 64, 8192, 8192, 128, 128, True, "bfloat16") == pytest.approx(full / 2, rel=0.02)
+    last_half = attention_seconds(H100, 64, 4096, 8192, 128, 128, True, "bfloat16", start=4096)
+    assert last_half == pytest.approx(3 / 8 * full, rel=0.02)
     cache = 2 * 8 * 65536 * 256
     decode = attention_seconds(H100, 8, 1, 65536, 128, 128, False, "bfloat16")
     assert cache / H100.accelerator.bandwidth < decode < 2 * cache / H100.accelerator.bandwidth

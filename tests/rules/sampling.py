@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autotp import losses
+from autotp import experts, lookups, losses, statistics
 from autotp.rules import RULES
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -53,8 +53,10 @@ def each(names: str, *samples: Sample) -> dict[str, list[Sample]]:
 
 def target_of(name: str) -> Any:
     """The operator, or the function of `autotp.rules.loss`, that a name in the table means."""
-    if name.startswith("autotp.losses."):
-        return getattr(losses, name.rpartition(".")[2])
+    homes = {"autotp.losses": losses, "autotp.experts": experts, "autotp.statistics": statistics, "autotp.lookups": lookups}
+    home = homes.get(name.rpartition(".")[0])
+    if home is not None:
+        return getattr(home, name.rpartition(".")[2])
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 

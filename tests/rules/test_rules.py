@@ -30,11 +30,15 @@ def test_every_rule_has_a_sample_and_every_sample_a_rule() -> None:
     assert set(SAMPLES) <= set(RULES)
 
 
+NEVER_SPLIT = ("autotp.experts.sort_by_key",)
+"""Their rule says that they are replicated on purpose, not for lack of one."""
+
+
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_rule(name: str) -> None:
     """The rule holds, and it is of use: some factor can be split, for one of the samples at least."""
     proofs = [prove(name, sample, limit=10) for sample in SAMPLES[name]]
-    assert frozenset().union(*(proof.factors for proof in proofs))
+    assert frozenset().union(*(proof.factors for proof in proofs)) or name in NEVER_SPLIT
 
 
 @pytest.mark.slow

@@ -1,0 +1,43 @@
+"""Reductions in clean-up, in one spelling: those of all elements name their dims, norms are vector norms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from autotp.collector import Call, Collector, Rewrite, Rewritten
+
+aten = torch.ops.aten
+
+
+def all_dims(target: Any) -> Rewrite:
+    """`target` over all dims."""
+
+    def rewrite(nodes: Collector, call: Call) -> Rewritten:
+        rank = len(nodes.type(call.operand).shape)
+        return replace(call, target=target, args=(call.operand, list(range(rank))), kwargs={}) if rank else call
+
+    return rewrite
+
+
+def norm(nodes: Collector, call: Call) -> Rewritten:
+    """`x.norm(p, dim, keepdim)`."""
+    if not nodes.type(call.operand).dtype.is_floating_point:
+        return call
+    order = call.args[1] if len(call.args) > 1 and call.args[1] is not None else 2
+    return replace(call, target=aten.linalg_vector_norm.default, args=(call.operand, order, *call.args[2:]))
+
+
+REDUCTIONS: dict[Any, Rewrite] = {
+    aten.max.default: all_dims(aten.amax.default),
+    aten.min.default: all_dims(aten.amin.default),
+    **dict.fromkeys((aten.any.default, aten._is_any_true.default), all_dims(aten.any.dims)),
+    **dict.fromkeys((aten.all.default, aten._is_all_true.default), all_dims(aten.all.dims)),
+    aten.norm.Scalar: norm,
+    aten.norm.ScalarOpt_dim: norm,
+    aten.norm.ScalarOpt_dtype: norm,
+    aten.norm.ScalarOpt_dim_dtype: norm,
+}
+"""The rewrites of this file, by operator."""

@@ -1,0 +1,93 @@
+"""Checks of values that only raise: `if labels.max() >= size: raise ValueError`, `assert (x > 0).all()`.
+
+A graph cannot branch on values, but a branch that does nothing except raise is no part of what the model computes. Such a check
+is taken to pass while the model is traced, and named in a note.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from autotp.functional import TORCH_DIRECTORY
+
+
+@contextmanager
+def passed_checks(notes: list[str]) -> Iterator[None]:
+    """Inside, checks of tensor values that only raise pass; `notes` gets a sentence for each."""
+    mode = _Passing()
+    with mode:
+        yield
+    for place in dict.fromkeys(mode.places):
+        notes.append(f"The check of values at {place} is no part of the parallel model.")
+
+
+class _Passing(TorchFunctionMode):
+    """Answers `bool(tensor)` where it decides about nothing but an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__bool__:
+            frame = sys._getframe(1)
+            while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH_DIRECTORY):
+                frame = frame.f_back
+            position = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+            answer = passing_answer(frame.f_code.co_filename, position)
+            if answer is not None:
+                self.places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                return answer
+        return func(*args, **(kwargs or {}))
+
+
+Position = tuple[int | None, int | None, int | None, int | None]
+"""First line, last line, first column, last column of an expression."""
+
+
+@cache
+def passing_answer(file: str, position: Position) -> bool | None:
+    """What the truth value of the expression there must be for a check to pass; None if it is part of no mere check."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            wanted = True
+        elif isinstance(node, ast.If) and not node.orelse and all(isinstance(step, ast.Raise) for step in node.body):
+            wanted = False
+        else:
+            continue
+        operands = list(_operands(node.test, wanted))
+        for operand, answer in operands:
+            if _position(operand) == position:
+                return answer
+        if position in (_position(node), _position(node.test)):  # Python says only that it is this statement
+            answers = {answer for operand, answer in operands if not isinstance(operand, (ast.BoolOp, ast.UnaryOp))}
+            return answers.pop() if len(answers) == 1 else None
+    return None
+
+
+def _position(node: ast.stmt | ast.expr) -> Position:
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def _operands(test: ast.expr, wanted: bool) -> Iterator[tuple[ast.expr, bool]]:
+    """Every operand of `and`, `or` and `not`, and what it should be for the whole test to be `wanted`."""
+    yield test, wanted
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        yield from _operands(test.operand, not wanted)
+    elif isinstance(test, ast.BoolOp):
+        for operand in test.values:
+            yield from _operands(operand, wanted)

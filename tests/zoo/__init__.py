@@ -1,0 +1,1 @@
+"""Tiny random models of many architectures, each traced, planned with splitting forced, and compared with one device."""
