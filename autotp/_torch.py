@@ -250,3 +250,14 @@ def traced_call(function: Callable[..., Any], values: list[Any]) -> torch.fx.Gra
         graph = make_fx(function)(*values).graph
     graph.eliminate_dead_code()
     return graph
+
+
+CAUSAL_SEARCH = (torch.nn.modules.transformer, "_detect_is_causal_mask")
+"""Where `nn.TransformerEncoder` and its kin compare a mask's values with a causal one's."""
+
+
+def index_function() -> tuple[Any, str]:
+    """What indexing with traced indices calls in functions under `torch.vmap`: its module (slow to import) and name."""
+    from torch._dynamo import _trace_wrapped_higher_order_op
+
+    return _trace_wrapped_higher_order_op, "mod_index"

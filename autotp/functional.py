@@ -79,6 +79,7 @@ def make_functional(exported: ExportedProgram) -> tuple[ExportedProgram, dict[fx
     renamed = renamings(exported.graph, writes)
     if renamed is not None:
         return exported, renamed
+    copy_detached(exported.graph, writes)
     return exported.run_decompositions({}), None
 
 
@@ -100,15 +101,10 @@ def renamings(graph: fx.Graph, writes: list[fx.Node]) -> dict[fx.Node, list[fx.N
     """In-place node → all nodes with the same memory, if every write is a plain renaming; otherwise None.
 
     A write is a renaming if the operator has a functional twin that computes in the same dtype, and if no view shared
-    the tensor's memory before: only the tensor itself and results of earlier in-place operators on it. (Views taken
-    after the last write are harmless.)
+    the tensor's memory before: only the tensor itself, what it is called once detached, and results of earlier in-place
+    operators on it. (Views taken after the last write are harmless.)
     """
-    groups: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                groups.setdefault(_torch.storage_key(tensor), []).append(node)
+    groups, place = _sharing(graph), _places(graph)
     table: dict[fx.Node, list[fx.Node]] = {}
     writing = set(writes)
     for node in writes:
@@ -122,10 +118,47 @@ def renamings(graph: fx.Graph, writes: list[fx.Node]) -> dict[fx.Node, list[fx.N
             return None
         group = groups[_torch.storage_key(node.meta["val"])]
         earlier = group[1 : group.index(node)]
-        if not writing.issuperset(earlier) or not _keeps_dtype(node):
+        if not all(item in writing or _renames(item, group, place[node], place) for item in earlier) or not _keeps_dtype(node):
             return None
         table[node] = group
     return table
+
+
+def copy_detached(graph: fx.Graph, writes: list[fx.Node]) -> None:
+    """Copy what is detached and then written to, where the detached tensor is the only name left.
+
+    PyTorch's functionalisation writes to the original and reads it back through the detach, which loses the gradient.
+    """
+    groups, place = _sharing(graph), _places(graph)
+    written = {_torch.storage_key(node.meta["val"]): node for node in reversed(writes) if isinstance(node.meta.get("val"), torch.Tensor)}
+    for key, write in written.items():
+        for node in groups[key]:
+            if place[node] < place[write] and _renames(node, groups[key], place[write], place):
+                with graph.inserting_after(node):
+                    copy = graph.call_function(aten.clone.default, (node,))
+                copy.meta = dict(node.meta)
+                node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)  # type: ignore[misc]
+
+
+def _sharing(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """Memory → the nodes whose tensors lie there, in execution order."""
+    groups: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, torch.Tensor):
+                groups.setdefault(_torch.storage_key(tensor), []).append(node)
+    return groups
+
+
+def _places(graph: fx.Graph) -> dict[fx.Node, int]:
+    return {node: number for number, node in enumerate(graph.nodes)}
+
+
+def _renames(node: fx.Node, group: list[fx.Node], write: int, place: dict[fx.Node, int]) -> bool:
+    """Whether a node only detaches a tensor that is not used itself after the write: the detached one is then its only name."""
+    before = group[: group.index(node)]
+    return node.target is aten.detach.default and all(place[user] <= write for item in before for user in item.users)
 
 
 def _keeps_dtype(node: fx.Node) -> bool:
@@ -197,7 +230,22 @@ def _inline(graph: fx.Graph, body: fx.Graph, node: fx.Node, operands: list[Any],
                 results = fx.map_arg(item.args[0], lambda arg: outer.get(arg, inner[arg]))
             else:
                 inner[item] = graph.node_copy(item, lambda arg: inner[arg])
+                if _returns_itself(item) and item.args[0] in outer:
+                    outer[item] = outer[item.args[0]]  # the very tensor that entered, which keeps its gradient
     return results
+
+
+CONVERSIONS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten.contiguous.default})
+
+
+def _returns_itself(node: fx.Node) -> bool:
+    """Whether a conversion has nothing to convert: it then returns its operand, not a copy or view."""
+    if node.target not in CONVERSIONS or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        return False
+    return _torch.storage_key(before) == _torch.storage_key(after)
 
 
 def _may_need_gradient(operand: Any) -> bool:

@@ -425,10 +425,9 @@ def without_dropout(fields: dict[str, Any]) -> dict[str, Any]:
             result[key] = without_dropout(value)
         elif key == "apply_spec_augment":
             result[key] = False
-        elif isinstance(value, float) and (
-            "drop" in key or "jitter" in key or key.endswith(("_pdrop", "mask_time_prob"))
-        ):
-            result[key] = 0.0
+        elif "drop" in key or "jitter" in key or key.endswith(("_pdrop", "mask_time_prob")):
+            several = isinstance(value, (list, tuple)) and all(isinstance(rate, float) for rate in value)
+            result[key] = 0.0 if isinstance(value, float) else [0.0] * len(value) if several else value
         else:
             result[key] = value
     return result

@@ -13,6 +13,27 @@ from torch import fx
 from autotp import _torch
 from autotp.program import InputSize, Size
 
+LEAST = 2
+"""A size that varies is at least this: an export fixes sizes 0 and 1."""
+
+
+def settled(expr: sympy.Basic) -> sympy.Basic:
+    """The expression without every `Max` and `Min` that is settled because all symbols are at least `LEAST`."""
+    extremes = {"Max": sympy.Max, "Min": sympy.Min}
+    atoms = [part for part in sympy.postorder_traversal(expr) if type(part).__name__ in extremes]
+    if not atoms:
+        return expr
+    excess = {symbol: sympy.Dummy(str(symbol), integer=True, nonnegative=True) for symbol in expr.free_symbols}
+    back = {dummy: symbol - LEAST for symbol, dummy in excess.items()}
+    found: dict[sympy.Basic, sympy.Basic] = {}
+    for atom in atoms:
+        function = extremes[type(atom).__name__]
+        shifted = [arg.xreplace(found).xreplace({s: dummy + LEAST for s, dummy in excess.items()}) for arg in atom.args]
+        value = function(*(sympy.expand(arg) for arg in shifted))
+        if not value.has(sympy.Max, sympy.Min):
+            found[atom] = sympy.expand(value.xreplace(back))
+    return expr.xreplace(found)
+
 
 class Sizes:
     """The sizes of one exported graph as the program writes them.
@@ -77,7 +98,7 @@ class Sizes:
         expr = _torch.expression(number)
         if not isinstance(expr, sympy.Basic):
             return expr
-        expr = expr.xreplace(self.same)
+        expr = settled(expr.xreplace(self.same))
         return int(expr) if isinstance(expr, sympy.Integer) else expr
 
     def symbols(self, node_of: Mapping[fx.Node, int]) -> dict[sympy.Symbol, InputSize]:

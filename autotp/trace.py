@@ -46,8 +46,9 @@ def trace(
             the mode (train or eval) and dtype in which it will run. It is left as it was.
         args, kwargs: example inputs, real or fake: `model(*args, **kwargs)`. Without any, the model's own
             `dummy_inputs` serve.
-        dynamic: let all dims of the input tensors vary that can (sizes 0 and 1 cannot). If the model does not allow
-            that, sizes are those of the example and a note says why. False: sizes are those of the example.
+        dynamic: let all dims of the input tensors vary that can (sizes 0 and 1, and heights and widths of images, cannot). If
+            the model does not allow that, sizes are those of the example and a note says why. False: sizes are those of the
+            example.
 
     Raises:
         AutotpError: missing or wrong example inputs; a model that cannot be traced.
@@ -177,10 +178,19 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], f
         return torch.export.export(model, args, kwargs, strict=False)
     marked, named = _without_aliases(args, kwargs)
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for leaf in _torch.tree_flatten((marked, named))[0]:
-        if isinstance(leaf, torch.Tensor) and leaf.ndim:
-            shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
+    tensors = [leaf for leaf in _torch.tree_flatten((marked, named))[0] if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    for leaf in tensors:
+        shapes[leaf] = dict.fromkeys(_free_dims(leaf, tensors), Dim.AUTO)
     return torch.export.export(model, marked, named, dynamic_shapes=shapes.dynamic_shapes(model, marked, named), strict=False)
+
+
+def _free_dims(leaf: torch.Tensor, inputs: list[torch.Tensor]) -> list[int]:
+    """The dims that may vary: all of a sequence; of images and masks the first two, and what is as long as some sequence.
+
+    Free heights and widths can make an export take minutes, in which PyTorch reasons about windows of pixels.
+    """
+    lengths = {other.shape[1] for other in inputs if other.ndim in (2, 3)}
+    return [dim for dim, size in enumerate(leaf.shape) if leaf.ndim < 4 or dim < 2 or size in lengths]
 
 
 def _named_leaves(

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from autotp.functional import TORCH_DIRECTORY
+MACHINERY = ("torch.overrides", "torch.fx.", "torch.export.", "torch._export.", "torch.utils.", "torch._tensor", "torch._ops")
+"""Modules through which a question passes on its way here."""
 
 
 @contextmanager
@@ -41,7 +42,7 @@ class _Passing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__bool__:
             frame = sys._getframe(1)
-            while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH_DIRECTORY):
+            while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(MACHINERY):
                 frame = frame.f_back
             position = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
             answer = passing_answer(frame.f_code.co_filename, position)

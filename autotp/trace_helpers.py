@@ -148,6 +148,24 @@ def idle_casts(model: nn.Module, notes: list[str]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain_indices(model: nn.Module, notes: list[str]) -> Iterator[None]:
+    """Let `torch.vmap`'s lookups by traced indices be plain ones, not an autograd Function of PyTorch's own."""
+    with changed([(*_torch.index_function(), torch.ops.aten.index)]):
+        yield
+
+
+@contextmanager
+def given_masks(model: nn.Module, notes: list[str]) -> Iterator[None]:
+    """Let `nn.Transformer`'s layers take masks as they are given, not look whether their values are those of a causal one."""
+
+    def as_said(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    with changed([(*_torch.CAUSAL_SEARCH, as_said)]):
+        yield
+
+
 def configurations(model: nn.Module) -> list[Any]:
     """The `config` of every module, with the configurations nested in them, each once."""
     found: dict[int, Any] = {}
@@ -175,6 +193,7 @@ def changed(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 HELPERS: tuple[Helper, ...] = (
-    causal_masks, no_cache, no_layer_drop, no_spec_augment, traceable_attention, traceable_experts, idle_casts,
+    causal_masks, no_cache, no_layer_drop, no_spec_augment, traceable_attention, traceable_experts, idle_casts, given_masks,
+    plain_indices,
 )  # fmt: skip
 """Contexts entered around every export."""

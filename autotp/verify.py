@@ -135,10 +135,11 @@ def cluster_where_splitting_pays(cluster: Cluster) -> Cluster:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set the rate of every dropout module to 0, so that two runs of the model agree."""
+    """Set every rate of dropping something to 0 (`Dropout.p`, `drop_prob`, …), so that two runs of the model agree."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
+                setattr(module, name, 0.0)
 
 
 # ---- eager against traced -------------------------------------------------------------------------------------------

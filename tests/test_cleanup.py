@@ -152,6 +152,27 @@ def test_a_region_without_gradient_survives_functionalisation() -> None:
     assert "select_scatter.default" in ops(traced(function))
 
 
+def test_what_passes_through_a_region_unchanged_keeps_its_gradient() -> None:
+    def function(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = y.to(torch.float64).sigmoid()  # nothing to convert: the same tensor, of which the trace makes another
+        return y * y * scale
+
+    assert "detach.default" in ops(traced(function))
+
+
+@pytest.mark.parametrize("functionalised", [False, True])
+def test_a_write_to_what_was_detached_keeps_the_gradient_of_what_is_written(functionalised: bool) -> None:
+    def function(y: Tensor) -> Tensor:
+        fixed = torch.ones(6, 6, dtype=y.dtype).index_select(0, torch.arange(4)).detach()
+        fixed += y
+        if functionalised:
+            fixed[0] = 0.0
+        return fixed * 2
+
+    traced(function)
+
+
 def test_written_inputs_are_noted() -> None:
     def function(y: Tensor, z: Tensor) -> Tensor:
         return y + z.mul_(2)

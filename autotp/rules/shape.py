@@ -117,7 +117,7 @@ def reshape(call: Call) -> Rule:
 @rule_for("aten.expand.default aten.broadcast_to.default")
 def expand(call: Call) -> Rule:
     """New and stretched dims are factors that the operand lacks."""
-    shape, out = call.tensors[0].shape, call.outputs[0].shape
+    shape, out = call.tensors[0].hint, call.outputs[0].hint
     right = names(len(out))
     extra = len(out) - len(shape)
     left = [right[i + extra] if shape[i] == out[i + extra] else "1" for i in range(len(shape))]
@@ -167,8 +167,8 @@ def squeeze(call: Call) -> Rule:
     shape, rank = call.tensors[0].shape, len(call.tensors[0].shape)
     dims = call.argument(1, "dim")
     chosen = range(rank) if dims is None else [d % max(rank, 1) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
-    left = names(rank)
-    gone = {i for i in chosen if i < rank and shape[i] == 1}
+    gone = {i for i in chosen if i < rank and call.tensors[0].hint[i] == 1}
+    left = [f"d{i}^" if i in gone and shape[i] != 1 else f"d{i}" for i in range(rank)]  # a size that only turns out to be 1
 
     def local_call(local: Local) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         # a split dim may have a local size of 1: name the dims that leave
