@@ -159,6 +159,8 @@ def _export(
                     continue
                 if reason:
                     notes.append(f"Sizes are fixed at those of the example inputs, because they could not be left free ({reason}).")
+                if free and _fixed(args, kwargs):
+                    notes.append("Heights and widths of images are fixed at those of the example inputs.")
                 if truth:
                     files = {frame.f_code.co_filename for item in _chain(failures[0]) for frame, _ in traceback.walk_tb(item.__traceback__)}
                     culprit = next((place for place in asked if place.rpartition(":")[0] in files), asked[0])
@@ -182,6 +184,12 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], f
     for leaf in tensors:
         shapes[leaf] = dict.fromkeys(_free_dims(leaf, tensors), Dim.AUTO)
     return torch.export.export(model, marked, named, dynamic_shapes=shapes.dynamic_shapes(model, marked, named), strict=False)
+
+
+def _fixed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether dims of the inputs are kept from varying."""
+    tensors = [leaf for leaf in _torch.tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    return any(len(_free_dims(leaf, tensors)) < leaf.ndim for leaf in tensors)
 
 
 def _free_dims(leaf: torch.Tensor, inputs: list[torch.Tensor]) -> list[int]:

@@ -1,7 +1,8 @@
-"""Checks of values that only raise: `if labels.max() >= size: raise ValueError`, `assert (x > 0).all()`.
+"""Checks of values: `if labels.max() >= size: raise ValueError`, `assert (x > 0).all()`, `if not x.isfinite().all(): x = clamp(x)`.
 
-A graph cannot branch on values, but a branch that does nothing except raise is no part of what the model computes. Such a check
-is taken to pass while the model is traced, and named in a note.
+A graph cannot branch on values. But a branch that does nothing except raise is no part of what the model computes: such a check
+is taken to pass while the model is traced. And what a model does only about infinities and NaN is left out: values are taken to
+be finite. Both are named in notes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,24 @@ def passed_checks(notes: list[str]) -> Iterator[None]:
         yield
     for place in dict.fromkeys(mode.places):
         notes.append(f"The check of values at {place} is no part of the parallel model.")
+    for place in dict.fromkeys(mode.finite):
+        notes.append(f"What the model does at {place} about infinite values or NaN is left out of the parallel model.")
+
+
+FINITE: dict[Any, bool] = {
+    function: truth
+    for truth, names in ((True, "isfinite"), (False, "isinf isnan"))
+    for name in names.split()
+    for function in (getattr(torch, name), getattr(torch.Tensor, name))
+}
+"""What these tests say of finite values."""
+
+KEEPING = frozenset(
+    getattr(owner, name) for owner in (torch, torch.Tensor) for name in ("all", "any", "logical_or", "logical_and", "bitwise_or")
+) | {torch.Tensor.__or__, torch.Tensor.__and__}
+"""What leaves a truth that is everywhere the same (of two operands: the same in both) as it is."""
+
+TURNING = frozenset({torch.logical_not, torch.Tensor.logical_not, torch.bitwise_not, torch.Tensor.bitwise_not, torch.Tensor.__invert__})
 
 
 class _Passing(TorchFunctionMode):
@@ -38,8 +57,26 @@ class _Passing(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
+        self.finite: list[str] = []
+        self.known: dict[int, tuple[torch.Tensor, bool]] = {}
+        """Tensors (by id; kept, so that no other gets it) whose elements are all true, or all false, of finite values."""
+
+    def truth(self, func: Any, args: Any) -> bool | None:
+        """What all elements of a result are if values are finite; None if that is not known."""
+        if func in FINITE:
+            return FINITE[func]
+        if func not in KEEPING and func not in TURNING:
+            return None
+        found = {self.known[id(arg)][1] if id(arg) in self.known else None for arg in args if isinstance(arg, torch.Tensor)}
+        value = found.pop() if len(found) == 1 else None
+        return value if value is None or func in KEEPING else not value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = self.truth(func, args)
+        if known is not None:
+            result = func(*args, **(kwargs or {}))
+            self.known[id(result)] = result, known
+            return result
         if func is torch.Tensor.__bool__:
             frame = sys._getframe(1)
             while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(MACHINERY):
@@ -49,6 +86,9 @@ class _Passing(TorchFunctionMode):
             if answer is not None:
                 self.places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
                 return answer
+            if id(args[0]) in self.known:
+                self.finite.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                return self.known[id(args[0])][1]
         return func(*args, **(kwargs or {}))
 
 

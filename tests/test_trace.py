@@ -197,11 +197,14 @@ class ConvNet(nn.Module):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm_updates_its_buffers(train: bool) -> None:
-    images, others = torch.randn(2, 3, 8, 8).double(), torch.randn(4, 3, 6, 10).double()
+    images, others = torch.randn(2, 3, 8, 8).double(), torch.randn(4, 3, 8, 8).double()
     program = check_equal(ConvNet().double().train(train), (images,), others=[((others,), {})])
     names = {name for name, _ in program.updates}
     assert names == ({"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"} if train else set())
     assert not any(program.type_of(ref).requires_grad for _, ref in program.updates)
+    assert any("of images" in note for note in program.notes)
+    with pytest.raises(AutotpError, match="must have"):
+        run(program, named_state(ConvNet().double())[1], (torch.randn(2, 3, 6, 10).double(),), {})
     assert program.persistent == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 

@@ -23,6 +23,16 @@ class Checked(nn.Linear):
         return super().forward(x) if labels is None else super().forward(x) * labels.unsqueeze(-1)
 
 
+class Clamping(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if torch.isinf(y).any() or torch.isnan(y).any():
+            y = torch.clamp(y, -1e4, 1e4)
+        if not torch.isfinite(y).all():
+            y = y * 0
+        return y
+
+
 class Branching(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -41,6 +51,16 @@ def test_checks_are_left_out_and_named() -> None:
     assert len(notes) == 3 and all("test_trace_checks.py" in note for note in notes)
     found, _ = run(program, dict(model.named_parameters()), (x, labels), {})
     assert torch.equal(found, model(x, labels))
+
+
+def test_values_are_taken_to_be_finite() -> None:
+    torch.manual_seed(0)
+    model = Clamping(4, 3)
+    x = torch.randn(6, 4)
+    program = trace(model, (x,))
+    assert sum("infinite values" in note for note in program.notes) == 2
+    found, _ = run(program, dict(model.named_parameters()), (x,), {})
+    assert torch.equal(found, model(x))
 
 
 def test_a_branch_that_computes_is_refused() -> None:
