@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,10 +42,25 @@ def to_fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return mode.from_tensor(tensor, static_shapes=True)
 
 
-def with_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> AbstractContextManager[None]:
-    """A context in which `model` holds the tensors of `state` in place of its own."""
-    context: AbstractContextManager[None] = _reparametrize_module(model, dict(state), tie_weights=True)
-    return context
+@contextmanager
+def with_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """A context in which `model` holds the tensors of `state` in place of its own, under every name that a tensor has.
+
+    PyTorch's own way loses the parameters of a module that is registered twice.
+    """
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    given = {id(tensor): state[name] for name, tensor in named if name in state}
+    tables: list[dict[str, Any]] = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    saved = [(table, dict(table)) for table in tables]
+    try:
+        for table in tables:
+            for key, tensor in table.items():
+                table[key] = given.get(id(tensor), tensor)
+        yield
+    finally:
+        for table, held in saved:
+            table.clear()
+            table.update(held)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -323,6 +323,10 @@ class Builder:
         for item, out in zip(returned, self.exported.graph_signature.output_specs, strict=True):
             value = self.convert(item)
             if out.kind is OutputKind.USER_OUTPUT:
+                if not _free([value]) <= self.sizes.places.keys():
+                    raise AutotpError(
+                        "the model returns a number that depends on the values of a tensor, as `item` gives; return the tensor."
+                    )
                 outputs.append(value)
             else:
                 written.append((out.kind, out.target, value))

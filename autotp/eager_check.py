@@ -156,8 +156,8 @@ def state_of(model: nn.Module, program: Program) -> dict[str, Tensor]:
 
 def _eager(model: nn.Module, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
     """The model on the tensors of `state`, and what it makes of them."""
-    output = torch.func.functional_call(model, state, args, kwargs)
-    return output, state
+    with _torch.with_state(model, state):
+        return model(*args, **kwargs), state
 
 
 def _results(
@@ -170,7 +170,8 @@ def _results(
         output, updates = call(state, args, kwargs)
     leaves = _torch.tree_flatten(output)[0]
     found: dict[str, Any] = {f"output {place}": leaf for place, leaf in enumerate(leaves)}
-    found |= {f"buffer {key}": updates[key].detach().clone() for key, _ in program.updates}
+    buffers = [str(node.target) for node in program.nodes if node.kind == "buffer"]
+    found |= {f"buffer {key}": updates.get(key, state[key]).detach().clone() for key in buffers}
     if not gradient:
         return found
     inputs = [leaf for leaf in _torch.tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
@@ -182,7 +183,10 @@ def _results(
         return found
     generator = torch.Generator().manual_seed(seed)
     given = [torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root) for root in roots]
-    gradients = torch.autograd.grad(roots, list(sources.values()), given, allow_unused=True)
+    gradients = [
+        one.to_dense() if one is not None and one.is_sparse else one
+        for one in torch.autograd.grad(roots, list(sources.values()), given, allow_unused=True)
+    ]
     zeros = (torch.zeros_like(tensor) for tensor in sources.values())
     return found | {key: zero if one is None else one for key, one, zero in zip(sources, gradients, zeros, strict=True)}
 

@@ -242,6 +242,8 @@ def _explained(error: BaseException, model: nn.Module) -> AutotpError:
     place, reason = _where(error, model), _first_line(error)
     if any(type(item).__name__ in DATA_DEPENDENT for item in _chain(error)) or "data-dependent" in str(error).lower():
         cure = "choose with torch.where instead, or make it a plain Python value"
+        if any(hasattr(module, "running_mean") and getattr(module, "momentum", 0.1) is None for module in model.modules()):
+            cure = "give batch norms a number for `momentum`, since None counts the batches"
         if any("expert" in kind.lower() for kind in (place, *_modules(error))):
             cure = (
                 "compute every expert and weigh the results, or use grouped matrix products "
@@ -250,10 +252,18 @@ def _explained(error: BaseException, model: nn.Module) -> AutotpError:
         return AutotpError(
             f"the model cannot be traced because {place} needs the value of a tensor (in an `if`, a loop bound, `int` or `item`); {cure}."
         )
-    return AutotpError(
-        f"the model cannot be traced: {place} raised {type(_chain(error)[-1]).__name__} ({reason}); "
-        "check that the example inputs have the right shapes and dtypes and that `model(*args, **kwargs)` runs."
+    advice = next(
+        (advice for sign, advice in ADVICE.items() if any(sign in str(item) for item in _chain(error))),
+        "check that the example inputs have the right shapes and dtypes and that `model(*args, **kwargs)` runs",
     )
+    return AutotpError(f"the model cannot be traced: {place} raised {type(_chain(error)[-1]).__name__} ({reason}); {advice}.")
+
+
+ADVICE = {
+    "Expected inputs of BF16 type": "PyTorch traces its grouped matrix product in bfloat16 alone, so call model.bfloat16() first",
+    "need to register a pytree": "return a tensor, tuple, list or dict, or register the class with torch.export.register_dataclass",
+}
+"""What stands in a failure of PyTorch's → what to do about it."""
 
 
 def _chain(error: BaseException) -> list[BaseException]:

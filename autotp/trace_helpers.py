@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from autotp import _torch
+from autotp.errors import AutotpError
 
 __all__ = ["HELPERS", "prepared"]
 
@@ -149,6 +150,43 @@ def idle_casts(model: nn.Module, notes: list[str]) -> Iterator[None]:
 
 
 @contextmanager
+def assigned_buffers(model: nn.Module, notes: list[str]) -> Iterator[None]:
+    """Let a forward assign new tensors to its buffers (`self.mean = 0.9 * self.mean + ...`), which an export would lose.
+
+    At the end of the forward the buffer itself is given the new value.
+
+    Raises:
+        AutotpError: the new tensor has another shape or dtype.
+    """
+    before: list[tuple[str, nn.Module, str, torch.Tensor | None]] = []
+
+    def remember(*_: Any) -> None:
+        before[:] = [
+            (f"{path}.{key}".lstrip("."), module, key, tensor)
+            for path, module in model.named_modules()
+            for key, tensor in module._buffers.items()
+        ]
+
+    def write(*_: Any) -> None:
+        for name, module, key, tensor in before:
+            now = module._buffers.get(key)
+            if now is tensor or now is None:
+                continue
+            if tensor is None or (tensor.shape, tensor.dtype) != (now.shape, now.dtype):
+                raise AutotpError(f"the forward gives the buffer `{name}` another shape or dtype, which cannot be traced; keep both.")
+            with torch.no_grad():
+                tensor.copy_(now)
+            module._buffers[key] = tensor
+
+    handles = [model.register_forward_pre_hook(remember), model.register_forward_hook(write)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def plain_indices(model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Let `torch.vmap`'s lookups by traced indices be plain ones, not an autograd Function of PyTorch's own."""
     with changed([(*_torch.index_function(), torch.ops.aten.index)]):
@@ -194,6 +232,6 @@ def changed(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
 
 HELPERS: tuple[Helper, ...] = (
     causal_masks, no_cache, no_layer_drop, no_spec_augment, traceable_attention, traceable_experts, idle_casts, given_masks,
-    plain_indices,
+    plain_indices, assigned_buffers,
 )  # fmt: skip
 """Contexts entered around every export."""

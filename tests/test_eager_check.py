@@ -92,6 +92,35 @@ def test_frozen_values_are_found(what: str) -> None:
     confirm(model, program, inputs(), {}, check=False)
 
 
+class Average(nn.Module):
+    """A buffer that the forward replaces, and a module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x))
+        old = self.mean
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+        return y - self.mean + old
+
+
+def test_assigned_buffers_and_shared_modules() -> None:
+    torch.manual_seed(0)
+    model = Average().double()
+    held = dict(model.named_parameters())
+    program = trace(model, inputs())
+    assert [name for name, _ in program.updates] == ["mean"]
+    found = check_eager(model, program, inputs())
+    assert found.error is not None and found.error < 1e-12
+    assert dict(model.named_parameters()).keys() == held.keys()
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())
+    assert model.second.weight is model.first.weight and not model.mean.any()
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("what", ["plain", "python output", "buffer", "dropout"])
 def test_equal_models_pass_and_stay_as_they_were(what: str, train: bool) -> None:

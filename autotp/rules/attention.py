@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autotp.rules.empty import unless_empty, zeros
 from autotp.rules.language import Call, Local, LocalStart, Rule, bind, exact_quotient
 from autotp.rules.registry import rule_for
 
@@ -29,6 +30,8 @@ def causal_attention_of_rows(
     Returns:
         (..., heads, rows, f).
     """
+    if not q.numel():
+        return zeros((*q.shape[:-1], v.shape[-1]), q.dtype, (q, k, v))
     if start == 0:
         return functional.scaled_dot_product_attention(q, k, v, None, dropout_p, True, scale=scale, enable_gqa=enable_gqa)
     rows, keys = q.shape[-2], k.shape[-2]
@@ -48,7 +51,7 @@ def causal_attention_of_rows(
 def _local_causal_attention(local: Local) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     split = local.operand_split(0, len(local.call.tensors[0].shape) - 2)
     if split is None:
-        return local.target, local.args, local.kwargs
+        return unless_empty(local)
     dropout, scale, grouped = dropout_of(local.call), local.call.kwargs.get("scale"), local.call.kwargs.get("enable_gqa", False)
     return causal_attention_of_rows, (*local.args[:3], LocalStart(split), dropout, scale, grouped), {}
 
@@ -85,5 +88,5 @@ def attention(call: Call) -> Rule:
         linear=((2,),),
         work="attention",
         random=dropout_of(call) > 0,
-        local=_local_causal_attention if causal else None,
+        local=_local_causal_attention if causal else unless_empty,  # PyTorch's result for no queries or heads is a constant
     )
