@@ -186,7 +186,8 @@ def _floors(node: Node) -> bool:
 def _counted_keys(node: Node) -> Size | None:
     """How many keys a node counts, from 0 up; None if it does something else."""
     if node.target is aten.histc.default:
-        bins, low, high = [*node.args[1:], *(node.kwargs[name] for name in ("bins", "min", "max") if name in node.kwargs)]
+        given = {"bins": 100, "min": 0, "max": 0} | dict(zip(("bins", "min", "max"), node.args[1:], strict=False)) | node.kwargs
+        bins, low, high = given["bins"], given["min"], given["max"]
         return int(bins) if low == 0 and high in (bins - 1, bins) else None
     return None
 

@@ -33,6 +33,9 @@ GAP = 1e-7
 """Relative gap of the solver: weights that no strategy can split make the objective large, and must hide no other."""
 
 
+SOLVER_SECONDS = 60.0
+
+
 @dataclass(frozen=True)
 class Forced:
     """A plan with splitting forced, checked, and read back for execution."""
@@ -51,7 +54,7 @@ def forced_plan(program: Program, ranks: int, model: str) -> tuple[Space, Border
     prices = ConversionPrices(cluster, request.mesh, True, traced_sizes(program))
     formulation = formulate(space, prices, border)
     formulation = replace(formulation, problem=without_gathers(space, prices, formulation))
-    solution = solve(formulation.problem, gap=GAP)
+    solution = solve(formulation.problem, gap=GAP, time_limit=SOLVER_SECONDS)  # any plan must be right, not only the best
     plan = describe(
         space, prices, border, formulation, solution, model=model, mode="train", axes=request.axes, notes=program.notes
     )
