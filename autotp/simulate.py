@@ -258,6 +258,8 @@ class _Lockstep(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         backward, simulation = ctx.way
         lost = [rank for rank, gradient in enumerate(gradients) if gradient is None]
+        if len(lost) == len(gradients):
+            return None, None, None, *gradients
         if lost:
             raise AutotpError(
                 f"virtual rank {lost[0]} has no gradient for a conversion ({', '.join(step.name for step in backward[0])}) of which "

@@ -200,7 +200,7 @@ def test_many_random_plans_equal_one_device(name: str, mesh: tuple[int, ...]) ->
 def test_planned_by_batch_and_by_channels(dim: int) -> None:
     """A large batch or channels that are passed split, and wanted so, stay split through the statistics."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()).double(), torch.randn(4, 64, 3, 2, dtype=torch.float64)
+    model, x = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()).double(), torch.randn(4, 64, 32, 32, dtype=torch.float64)
     program = trace(model, (torch.empty(256, 64, 32, 32, dtype=torch.float64),))
     border = [{name: {"axis": dim} for name in names} for names in (program.in_names, output_names(program))]
     request = Request({"axis": 2}, inputs=border[0], outputs=border[1])
