@@ -250,21 +250,12 @@ class _Lockstep(torch.autograd.Function):
         ctx: Any, forward: list[Steps], backward: list[Steps], simulation: Simulation, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.way = backward, simulation
-        ctx.set_materialize_grads(False)
         return tuple(_run(forward, tensors, simulation.mesh, simulation.log_forward))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         backward, simulation = ctx.way
-        lost = [rank for rank, gradient in enumerate(gradients) if gradient is None]
-        if len(lost) == len(gradients):
-            return None, None, None, *gradients
-        if lost:
-            raise AutotpError(
-                f"virtual rank {lost[0]} has no gradient for a conversion ({', '.join(step.name for step in backward[0])}) of which "
-                "others have one, and would not take part in it; an operator on an empty piece must keep its result connected"
-            )
         return None, None, None, *_run(backward, gradients, simulation.mesh, simulation.log_backward)
 
 
