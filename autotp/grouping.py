@@ -35,6 +35,10 @@ GATHERS: dict[Any, Callable[[Node], Any]] = {
 ADDERS = frozenset({aten.index_add.default, aten.scatter_add.default})
 """Operators `(base, 0, index, rows)` that add rows up in dim 0."""
 
+REPEATED = frozenset({aten.gather.default, aten.scatter_add.default})
+"""Those of them whose index has the shape of the rows: repeated along all other dims. The others' is a vector."""
+
+
 @dataclass(frozen=True)
 class Meaning:
     """What an integer tensor holds, with respect to the order that node `order` made.
@@ -81,14 +85,15 @@ def _named(node: Node, nodes: Sequence[Node], meanings: dict[Ref, Meaning], keys
     index = GATHERS[node.target](node) if node.target in GATHERS else node.args[2] if node.args[1] == 0 else None
     if not isinstance(index, Ref) or (meaning := meanings.get(index)) is None or meaning.order not in keys:
         return node
-    width = _type(nodes, index).shape[1:]
-    if width and width != node.outputs[0].shape[1:]:
-        return node
     source = _type(nodes, node.args[0])
+    if _type(nodes, index).shape[1:] != (source.shape[1:] if node.target in REPEATED else ()):
+        return node
     slots = nodes[meaning.order].outputs[0].shape[1]
     order, count = Ref(meaning.order), keys[meaning.order]
     if node.target in ADDERS:
-        plain = not node.kwargs and len(node.args) == 4 and _is_zero(nodes[node.args[0].node])
+        rows = _type(nodes, node.args[3])
+        whole = _equal(rows.shape[0], slots) and rows.shape[1:] == source.shape[1:]  # a scatter may take part of its rows
+        plain = whole and not node.kwargs and len(node.args) == 4 and _is_zero(nodes[node.args[0].node])
         if plain and meaning.word in ("slots", "tokens") and _equal(source.shape[0] * meaning.number, slots):
             return replace(node, target=experts.collect, args=(node.args[3], order, meaning.number, count), kwargs={})
         return node
@@ -115,8 +120,8 @@ def _meanings(nodes: Sequence[Node]) -> dict[Ref, Meaning]:
             while True:
                 found[keys] = Meaning("unsorted", node.index)
                 maker = nodes[keys.node]
-                if maker.target is not aten.to.dtype:
-                    break
+                if maker.target is not aten.to.dtype or _type(nodes, maker.args[0]).dtype.is_floating_point:
+                    break  # what is rounded to a key is not the key
                 keys = maker.args[0]
             continue
         meaning = _meaning(node, nodes, found)
@@ -169,6 +174,8 @@ def _meaning(node: Node, nodes: Sequence[Node], found: dict[Ref, Meaning]) -> Me
 def _keeps_rows(node: Node, nodes: Sequence[Node]) -> bool:
     """Whether an operator leaves its operand's rows in dim 0, repeated along further dims or not at all."""
     before, after = _type(nodes, node.args[0]).shape, node.outputs[0].shape
+    if node.outputs[0].dtype.itemsize < 4:
+        return False  # large numbers would wrap around
     ones = all(size == 1 for size in before[1:])
     return before == after or (ones and bool(before) and bool(after) and after[0] == before[0] and _fits(node, after))
 

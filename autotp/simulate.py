@@ -250,13 +250,23 @@ class _Lockstep(torch.autograd.Function):
         ctx: Any, forward: list[Steps], backward: list[Steps], simulation: Simulation, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.way = backward, simulation
+        ctx.set_materialize_grads(False)
         return tuple(_run(forward, tensors, simulation.mesh, simulation.log_forward))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         backward, simulation = ctx.way
-        return None, None, None, *_run(backward, gradients, simulation.mesh, simulation.log_backward)
+        missing = [rank for rank, gradient in enumerate(gradients) if gradient is None]
+        if len(missing) == len(gradients):
+            return (None,) * (3 + len(gradients))
+        if missing:
+            raise AutotpError(
+                f"virtual ranks {missing} have no gradient for a conversion for which others have one, so that as processes "
+                f"they would wait for each other; let every local operator keep its result connected on an empty piece"
+            )
+        found = [gradient for gradient in gradients if gradient is not None]
+        return None, None, None, *_run(backward, found, simulation.mesh, simulation.log_backward)
 
 
 class _LockstepMerge(torch.autograd.Function):

@@ -17,6 +17,7 @@ import autotp
 from autotp import check, equality, experts
 from autotp.errors import AutotpError
 from autotp.huggingface import build_from_config
+from autotp.interpret import run
 from autotp.layouts import SortedCut
 from autotp.models import load_model
 from autotp.planning import Request, adopt, make_plan, prepare, traced_sizes
@@ -52,7 +53,7 @@ class Mixture(nn.Module):
         weights, keys = self.route(tokens)
         product, zeros = torch.ops.transformers.grouped_mm_fallback, torch.zeros_like(tokens)
         if self.spelling == "sort":
-            keys_sorted, slots = torch.sort(keys)
+            keys_sorted, slots = torch.sort(keys, stable=True)  # rows of equal keys are told apart below
             counts = torch.histc(keys.double(), bins=self.experts, min=0, max=self.experts - 1)
         else:
             slots = torch.argsort(keys, stable=True)
@@ -242,3 +243,41 @@ def test_rows_of_another_order_do_not_pass_the_check() -> None:
         changed = replace(product, operands=(code, *product.operands[1:]))
         with pytest.raises(AutotpError):
             check.check(program, space, replace(plan, nodes=tuple(changed if n is product else n for n in plan.nodes)))
+
+
+class Tricky(Mixture):
+    """Lookups that look like those of a mixture and are not: what they compute must stay what it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        weights, keys = self.route(tokens)
+        keys_sorted, slots = torch.sort(keys, stable=True)  # rows of equal keys are told apart below
+        counts = torch.histc(keys.double(), bins=self.experts, min=0, max=self.experts - 1)
+        ends, owners = torch.cumsum(counts, 0, dtype=torch.int32), slots // CHOSEN
+        rows = torch.ops.transformers.grouped_mm_fallback(tokens[owners], self.up, ends)
+        match self.spelling:
+            case "some columns":  # gather and scatter_add on a part of the features
+                narrow = owners.unsqueeze(-1).expand(-1, 3)
+                part = tokens.gather(0, narrow)
+                rows = rows[:, :3] * part
+                return tokens.new_zeros(tokens.shape[0], 5).scatter_add(0, narrow, rows)
+            case "column of an index":
+                return rows + weights[slots.unsqueeze(-1)]
+            case "base of ones":
+                return torch.ones_like(tokens).index_add(0, owners, rows[:, :WIDTH])
+            case "narrow integers":
+                return rows + self.bias[keys_sorted.to(torch.uint8).long()] + slots.to(torch.int8).unsqueeze(-1)
+        return rows * 2
+
+
+@pytest.mark.parametrize("spelling", ["some columns", "column of an index", "base of ones", "narrow integers"])
+def test_what_only_looks_like_a_mixture(spelling: str) -> None:
+    model = stack(Tricky, 1, spelling=spelling)
+    program = trace(model, inputs())
+    assert "grouped_product" in functions(program)
+    request = Request({"tp": 2})
+    space, decisions = adopt(program, request, make_plan(program, request, splitting_pays(), "tricky"))
+    found = equality.compare(space, decisions, dict(model.named_parameters()), inputs(), {})
+    assert found.worst < TOLERANCE
+    output, _ = run(program, dict(model.named_parameters()), inputs(), {})
+    torch.testing.assert_close(output, model(*inputs()), atol=TOLERANCE, rtol=TOLERANCE)

@@ -39,8 +39,9 @@ def call_unless_empty(
 def zeros(shape: Sequence[int], dtype: torch.dtype, operands: Sequence[Tensor]) -> Tensor:
     """Zeros of `shape` whose gradient with respect to the operands exists, and is zero."""
     result = operands[0].new_zeros(tuple(shape), dtype=dtype)
-    if dtype.is_floating_point:
+    if dtype.is_floating_point or dtype.is_complex:
         for operand in operands:
-            if operand.is_floating_point():
-                result = result + operand.flatten()[:0].sum(dtype=dtype)
+            if operand.is_floating_point() or operand.is_complex():
+                nothing = operand.flatten()[:0].sum()
+                result = result + (nothing if dtype.is_complex else nothing.real).to(dtype)
     return result

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
 from tests.zoo.catalogue import GROUPED, Case
 from tests.zoo.trial import Result
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 TARGET = 0.95
 TARGET_BYTES = 0.9
 
@@ -129,7 +131,8 @@ def _row(case: Case, result: Result) -> str:
 
 
 def _cell(reason: str) -> str:
-    """One line without the path of an installation, at most 200 characters, safe inside a table."""
+    """One line without the path of an installation or of this checkout, at most 200 characters, safe inside a table."""
     words = [word.rpartition("site-packages/")[2] if "site-packages/" in word else word for word in reason.split()]
+    words = [word.replace(f"{CHECKOUT}/", "") for word in words]
     text = " ".join(words).replace("|", "\\|")
     return text if len(text) <= 200 else text[:199] + "…"
