@@ -353,6 +353,8 @@ def verify_text(report: VerifyReport) -> str:
     if report.precision != "float64":
         held = f"float64, but the model computes in {report.precision} in places; tolerance {report.tolerance:.0e}"
     verdict = Text("all equal", "bold green") if report.passed else Text("NOT EQUAL", "bold red")
+    if report.refused:
+        verdict.append(f", but {len(report.refused)} of {len(report.checks)} checks could not be made", "bold yellow")
     last = verdict.append(f" (worst error {report.worst:.1e}; {held})", "default")
     notes = [Text.assemble(("note: ", "yellow"), note) for note in report.notes]
     width, color = _screen()

@@ -39,6 +39,7 @@ Mesh = tuple[int, ...]
 MESHES: tuple[Mesh, ...] = ((2,), (3,), (4,), (2, 2))
 """The meshes on which rules are proved."""
 
+RANK_FAILS = "a rank fails: "
 PROBABILITIES = ("p", "dropout_p", "dropout")
 """What operators call the probability of dropping an element."""
 
@@ -134,9 +135,12 @@ def _resolve(operator: str | Callable[..., Any]) -> Callable[..., Any]:
 
 def _verdict(node: Node, mesh: Mesh, strategy: Strategy, problem: str) -> str:
     operands, outputs = ("; ".join(str(layout) for layout in side) for side in (strategy.operands, strategy.outputs))
+    advice = "mark the factor with '^' if it cannot be split, or the operand as not linear"
+    if problem.startswith(RANK_FAILS):
+        advice = "give a `local` function that calls the operator as it must be called on a piece, or mark the factor with '^'"
     return (
         f"the rule of {node.op} is wrong: on mesh {mesh} with {', '.join(strategy.key)} (operands {operands}, outputs {outputs}) "
-        f"{problem}; mark the factor with '^' if it cannot be split, or the operand as not linear"
+        f"{problem}; {advice}"
     )
 
 
@@ -252,7 +256,7 @@ class _Example:
                 ]
                 gradients.append(self._gradients(mine, results, seeds))
         except Exception as error:
-            return f"a rank fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return f"{RANK_FAILS}{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         expected, wanted = self.outputs, self.gradients
         if rule.random:
             reference = self._drawn(strategy)

@@ -207,7 +207,7 @@ def _solver(plan: Plan) -> Text:
 
 def _without_rule(plan: Plan) -> list[str]:
     return [
-        f"{operator_name(name)} has no rule: replicated on every rank, which costs {duration(seconds)} per step"
+        f"{operator_name(name)} is replicated on every rank, which costs {duration(seconds)} per step; autotp.rule gives it one"
         for name, seconds in plan.replicated.items()
     ]
 

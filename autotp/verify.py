@@ -20,6 +20,7 @@ from autotp.shrink import load_shrunken
 from autotp.trace import trace
 
 BATCH = 2
+REFUSED = "refused: "
 OTHER_SIZES = (1, 3)
 """How many more sequences, and tokens per sequence, the traced graph is run on to see that its sizes may change."""
 
@@ -54,6 +55,11 @@ class VerifyReport:
     def passed(self) -> bool:
         """Whether all checks pass."""
         return all(self.passes(check) for check in self.checks)
+
+    @property
+    def refused(self) -> tuple[Check, ...]:
+        """The checks that could not be made, for a reason that the user can do something about."""
+        return tuple(check for check in self.checks if check.error is None and check.where.startswith(REFUSED))
 
     @property
     def worst(self) -> float:
@@ -153,7 +159,7 @@ def _in_eval_mode(loaded: LoadedModel, seed: int) -> Check:
         program = trace(loaded.model, loaded.args, loaded.kwargs)
         return check_eager(loaded.model, program, loaded.args, loaded.kwargs, seed=seed, name=name)
     except AutotpError as error:
-        return Check(name, None, f"refused: {error}")
+        return Check(name, None, f"{REFUSED}{error}")
     finally:
         for module, training in modes:
             module.training = training
@@ -172,4 +178,4 @@ def _other_sizes(spec: str, model: nn.Module, program: Program, batch: int | Non
     try:
         return check_eager(model, program, other.args, other.kwargs, seed=seed, name=name)
     except AutotpError as error:
-        return Check(name, None, f"refused: {error}")
+        return Check(name, None, f"{REFUSED}{error}")

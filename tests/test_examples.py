@@ -21,11 +21,17 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ms per step: attention pinned to column and row" in printed
 
 
-def torchrun(script: str) -> str:
-    """What a script prints on two CPU ranks."""
+TEARDOWN = "terminate called without an active exception"
+"""What the teardown of Gloo's threads in torch sometimes says of a process that has finished, with or without autotp."""
+
+
+def torchrun(script: str, attempts: int = 5) -> str:
+    """What a script prints on two CPU ranks. Only if torch's own teardown aborts it, it is run again."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / script)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if ran.returncode and TEARDOWN in ran.stderr and "Traceback" not in ran.stderr.partition(TEARDOWN)[0] and attempts > 1:
+        return torchrun(script, attempts - 1)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 

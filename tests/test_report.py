@@ -83,7 +83,7 @@ def test_table_fits(plan: Plan, width: int, mesh: dict[str, int]) -> None:
     assert "\x1b" not in text
     for word in ("small", "train", "dgx-h100", "batch 2 × sequence 16", "layers.0-3.up", "optimal", "8.0 GiB", "90%"):
         assert word in text
-    assert "no rule: strange has no rule: replicated on every rank, which costs 1.0 ms per step" in text
+    assert "no rule: strange is replicated on every rank, which costs 1.0 ms per step; autotp.rule gives it one" in text
     assert "note: Something was assumed." in text
     assert "dp=2 × tp=4" in text or mesh == {"tp": 2}
 

@@ -61,7 +61,7 @@ class _TensorCheck:
             if expected is not None and size != expected:
                 return (
                     f"{given} has size {size} in dim {dim}, which the example fixed at {expected}; pass that size, "
-                    f"or trace the model again with this dim dynamic"
+                    f"or parallelize the model with an example of size {size}"
                 )
         if value.device != self.device and self.sizes:
             return (
@@ -96,7 +96,7 @@ class Arguments:
             if leaves[position] is not constant and not _equal(leaves[position], constant):
                 raise AutotpError(
                     f"input '{self.names[position]}' is {_shown(leaves[position])}, but the example had "
-                    f"{_shown(constant)}, which is part of the graph; pass that, or trace the model again"
+                    f"{_shown(constant)}, which is part of the graph; pass that, or parallelize the model with this value"
                 )
         for one, dim, other, at in self.ties:
             if leaves[one].shape[dim] != leaves[other].shape[at]:
@@ -150,7 +150,7 @@ class Arguments:
             if value is not None and not (name in defaults and _equal(value, defaults[name])):
                 raise AutotpError(
                     f"argument {_quoted(name)} is {_shown(value)}, but the example did not pass it; leave it out, or "
-                    f"trace the model again with it"
+                    f"parallelize the model with it"
                 )
         return tuple(given[name] for name in self.positional), {name: given[name] for name in self.keywords}
 
@@ -170,7 +170,7 @@ class Arguments:
             if part != expected:
                 raise AutotpError(
                     f"argument {_quoted(name)} is nested otherwise ({part}) than in the example ({expected}); pass the "
-                    f"same structure, or trace the model again"
+                    f"same structure, or parallelize the model with it"
                 )
         raise AssertionError("specs differ only in their parts")
 

@@ -263,6 +263,17 @@ def backward_primitive(move: Move, mesh: tuple[int, ...], coordinate: Coordinate
     return _primitive(move, move.target, move.source, 1, mesh, coordinate, device)
 
 
+def whole_primitive(
+    name: str, axis: int, source: Layout, target: Layout, mesh: tuple[int, ...], rank: int
+) -> Primitive | None:
+    """The primitive of a move that leaves every rank's tensor in one piece; None if it cuts or joins tensors."""
+    if mesh[axis] == 1 or (name == "all_to_all" and same_pieces(source, target, mesh)):
+        return Primitive("none", axis)
+    if name == "mask":
+        return Mask(name, axis, rank == 0)
+    return Primitive(name, axis) if name in ("none", "all_reduce", "all_reduce_max") else None
+
+
 def _primitive(
     move: Move,
     source: Layout,
@@ -280,12 +291,8 @@ def _primitive(
         )
     name, axis = MOVES[move.kinds][way], move.axis
     rank = coordinate[axis]
-    if mesh[axis] == 1 or (name == "all_to_all" and same_pieces(source, target, mesh)):
-        return Primitive("none", axis)
-    if name == "mask":
-        return Mask(name, axis, rank == 0)
-    if name in ("none", "all_reduce", "all_reduce_max"):
-        return Primitive(name, axis)
+    if (whole := whole_primitive(name, axis, source, target, mesh, rank)) is not None:
+        return whole
 
     def index(elements: Sequence[int]) -> Tensor:
         return torch.tensor(elements, dtype=torch.int64, device=device)

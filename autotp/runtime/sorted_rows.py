@@ -11,17 +11,17 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from autotp.layouts import MOVES, Coordinate, Layout, Move, Range, SortedCut, Split, at_sizes, inner_pieces, piece, same_pieces
+from autotp.layouts import MOVES, Coordinate, Layout, Move, Range, SortedCut, Split, at_sizes, inner_pieces, piece
 from autotp.runtime.primitives import (
     AllGather,
     Grid,
-    Mask,
     Pad,
     Primitive,
     Recut,
     ReduceScatter,
     Slice,
     UnevenSwap,
+    whole_primitive,
 )
 
 Mesh = tuple[int, ...]
@@ -95,12 +95,8 @@ def sorted_primitive(move: Move, backward: bool, mesh: Mesh, coordinate: Coordin
     source, target = (move.target, move.source) if backward else (move.source, move.target)
     name, axis = MOVES[move.kinds][1 if backward else 0], move.axis
     rank = coordinate[axis]
-    if mesh[axis] == 1 or (name == "all_to_all" and same_pieces(source, target, mesh)):
-        return Primitive("none", axis)
-    if name == "mask":
-        return Mask(name, axis, rank == 0)
-    if name in ("none", "all_reduce", "all_reduce_max"):
-        return Primitive(name, axis)
+    if (whole := whole_primitive(name, axis, source, target, mesh, rank)) is not None:
+        return whole
     splits = [split for split in (source.split_of(axis), target.split_of(axis)) if split is not None]
     pieces = [_inner_elements(split, mesh, coordinate, order) for split in splits]
     dim, held = splits[0].dim, pieces[0]
