@@ -15,7 +15,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import autotp
 from autotp.planning import Request, make_plan
-from autotp.price.cluster import Cluster, Gemm, Link, load_cluster
+from autotp.price.accelerator import Gemm
+from autotp.price.cluster import Cluster, Link, load_cluster
 from autotp.trace import trace
 from tests.models import Example, InFloat64, example
 from tests.ranks import run_ranks

@@ -17,7 +17,8 @@ from functools import lru_cache
 from math import ceil, inf
 
 from autotp.errors import AutotpError
-from autotp.price.cluster import Accelerator, Cluster, Gemm
+from autotp.price.accelerator import Accelerator, Gemm
+from autotp.price.cluster import Cluster
 
 DTYPES: dict[str, tuple[int, str]] = {
     "float64": (8, "fp64"),

@@ -10,7 +10,10 @@ import pytest
 
 from autotp.errors import AutotpError
 from autotp.price import cluster as module
-from autotp.price.cluster import Cluster, accelerator_names, cluster_names, cost_models_dir, load_cluster
+from autotp.price import sections
+from autotp.price.accelerator import accelerator_names
+from autotp.price.cluster import Cluster, cluster_names, load_cluster
+from autotp.price.sections import cost_models_dir
 
 GOOD = """\
 description: test
@@ -166,7 +169,7 @@ def test_not_a_mapping(tmp_path: Path) -> None:
 
 def test_cost_models_are_found_in_a_wheel_and_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "autotp" / "price").mkdir(parents=True)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "autotp" / "price" / "cluster.py"))
+    monkeypatch.setattr(sections, "__file__", str(tmp_path / "autotp" / "price" / "sections.py"))
     with pytest.raises(AutotpError, match="reinstall"):
         cost_models_dir()
     (tmp_path / "cost_models" / "clusters").mkdir(parents=True)
@@ -184,7 +187,7 @@ def test_the_guide_s_example_loads(tmp_path: Path) -> None:
 
 
 def test_no_torch_in_the_price_of_numbers() -> None:
-    for name in ("cluster", "compute", "communication"):
+    for name in ("sections", "accelerator", "cluster", "compute", "communication"):
         tree = ast.parse((Path(module.__file__).parent / f"{name}.py").read_text())
         imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
