@@ -11,11 +11,12 @@ from torch import Tensor
 
 from autotp import _torch
 from autotp.decisions import Decisions
+from autotp.definitions import coordinates, gather, gather_gradient, gradient_layout, scatter
 from autotp.interpret import bind_sizes, flatten_inputs, run
 from autotp.layouts import at_sizes
 from autotp.rewrite import rewrite
 from autotp.sharded import Sharded
-from autotp.simulate import Simulation, coordinates, gather, gather_gradient, gradient_layout, scatter
+from autotp.simulate import Simulation
 from autotp.strategies import Space
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from autotp import _torch
 from autotp.decisions import Decisions
+from autotp.definitions import coordinates, gather, gather_gradient, gradient_layout, scatter
 from autotp.errors import AutotpError
 from autotp.fold import unfolded
 from autotp.layouts import Layout, Segment, Split
@@ -31,7 +32,7 @@ from autotp.rules import Rule
 from autotp.rules.registry import identify
 from autotp.runtime.random import RandomCall
 from autotp.runtime.sorted_rows import orders_in
-from autotp.simulate import Simulation, coordinates, gather, gather_gradient, gradient_layout, scatter
+from autotp.simulate import Simulation
 from autotp.strategies import Space, Strategy, build_space
 
 Mesh = tuple[int, ...]

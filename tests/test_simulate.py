@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
+from autotp.definitions import coordinates, gather, gather_gradient, gradient_layout, scatter
 from autotp.errors import AutotpError
 from autotp.layouts import (
     COLLECTIVES,
@@ -27,15 +28,7 @@ from autotp.layouts import (
 from autotp.program import TensorType
 from autotp.runtime.collectives import Bucket, Convert
 from autotp.sharded import BorderSpec, Sharded, StateSpec
-from autotp.simulate import (
-    Record,
-    Simulation,
-    coordinates,
-    gather,
-    gather_gradient,
-    gradient_layout,
-    scatter,
-)
+from autotp.simulate import Record, Simulation
 
 Mesh = tuple[int, ...]
 Build = Callable[[tuple[int, ...]], tuple[dict[str, nn.Module], Callable[[torch.fx.Graph], Any]]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from autotp.rules.language import ELLIPSIS, Call, Rule, bind
+from autotp.rules.language import Call, Rule, bind
+from autotp.rules.pattern import ELLIPSIS
 from autotp.rules.registry import rule, rule_for
 
 rule("aten.mm.default", "m k, k n -> m n", linear=((0,), (1,)), work="gemm")

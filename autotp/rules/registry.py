@@ -10,7 +10,8 @@ import torch
 from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.program import op_name
-from autotp.rules.language import Call, Pattern, Rule, Work, bind, parse
+from autotp.rules.language import Call, Rule, Work, bind
+from autotp.rules.pattern import Pattern, parse
 
 RuleFunction = Callable[[Call], Rule | None]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
+from autotp.definitions import coordinates, gradient_layout, scatter
 from autotp.errors import AutotpError
 from autotp.layouts import (
     COLLECTIVES,
@@ -32,7 +33,7 @@ from autotp.layouts import (
 )
 from autotp.runtime.collectives import Bucket, Convert, ProcessComm, bind
 from autotp.sharded import Sharded
-from autotp.simulate import Simulation, coordinates, gradient_layout, scatter
+from autotp.simulate import Simulation
 
 Mesh = tuple[int, ...]
 CUTS: list[list[Cut]] = [[plain_cut(5)], [plain_cut(12), (Segment(2, 3, 1), Segment(1, 3, 2))], [plain_cut(8)]]
