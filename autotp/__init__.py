@@ -2,17 +2,20 @@
 
     plan(model, args, mesh=8)           decide how to split it, and what that costs
     parallelize(model, args)            the model, sharded, as a trainable `nn.Module`
+    recommend(model, args, gpus=8)      which mesh to use, or how many devices to rent
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autotp.advice import recommend
     from autotp.api import parallelize, plan
     from autotp.errors import AutotpError
     from autotp.plans import Plan
     from autotp.price.cluster import Cluster, load_cluster
     from autotp.prove import Proof, prove_rule
+    from autotp.recommendation import Candidate, Recommendation
     from autotp.rules import Call, Rule, bind, rule, rule_for
     from autotp.rules.language import Local, LocalSize, LocalStart
     from autotp.runtime.module import ParallelModule
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AutotpError": "autotp.errors",
     "Call": "autotp.rules",
+    "Candidate": "autotp.recommendation",
     "Cluster": "autotp.price.cluster",
     "Local": "autotp.rules.language",
     "LocalSize": "autotp.rules.language",
@@ -27,12 +31,14 @@ _HOMES = {
     "ParallelModule": "autotp.runtime.module",
     "Plan": "autotp.plans",
     "Proof": "autotp.prove",
+    "Recommendation": "autotp.recommendation",
     "Rule": "autotp.rules",
     "bind": "autotp.rules",
     "load_cluster": "autotp.price.cluster",
     "parallelize": "autotp.api",
     "plan": "autotp.api",
     "prove_rule": "autotp.prove",
+    "recommend": "autotp.advice",
     "rule": "autotp.rules",
     "rule_for": "autotp.rules",
 }
@@ -40,6 +46,7 @@ _HOMES = {
 __all__ = [
     "AutotpError",
     "Call",
+    "Candidate",
     "Cluster",
     "Local",
     "LocalSize",
@@ -47,12 +54,14 @@ __all__ = [
     "ParallelModule",
     "Plan",
     "Proof",
+    "Recommendation",
     "Rule",
     "bind",
     "load_cluster",
     "parallelize",
     "plan",
     "prove_rule",
+    "recommend",
     "rule",
     "rule_for",
 ]

@@ -39,6 +39,7 @@ def plan(
     pins: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
+    compiled: bool = False,
 ) -> Plan:
     """Decide how to split `model` over `mesh`, and say what that costs. Needs no GPU, no process group and no real weights.
 
@@ -57,11 +58,12 @@ def plan(
         inputs, outputs: tensor name → layout, e.g. `{"input_ids": {"dp": 0}}` for a batch split over axis `dp`,
             `{"logits": {"tp": 2}}`; `"partial"` in place of a dim leaves an output unsummed. DTensor placements, one per mesh
             axis, are understood too.
+        compiled: price operators as `torch.compile` fuses them, not one kernel each as eager PyTorch runs them.
 
     Raises:
         AutotpError: the model cannot be traced, or a request cannot be met; the message says what to do.
     """
-    request = Request(parse_mesh(mesh), mode, memory, pins, inputs, outputs)
+    request = Request(parse_mesh(mesh), mode, memory, pins, inputs, outputs, compiled=compiled)
     program = trace(model, args, kwargs)
     return make_plan(program, request, _cluster(cluster, torch.device("cuda")), type(model).__name__)
 
@@ -79,6 +81,7 @@ def parallelize(
     pins: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
+    compiled: bool = False,
     check: bool | None = None,
 ) -> ParallelModule:
     """The same model, running in parallel on all ranks of `mesh`. Every rank calls this with the same model and arguments.
@@ -95,7 +98,7 @@ def parallelize(
         plan: a `Plan`, or a file that one was saved to; by default a new one. Its mode counts, and cluster, memory and pins
             cannot be given beside it.
         cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
-        args, kwargs, mode, memory, pins, inputs, outputs: as for `plan`.
+        args, kwargs, mode, memory, pins, inputs, outputs, compiled: as for `plan`; the module itself is never compiled here.
         check: run the model once and compare outputs and gradients with its trace, on rank 0, before anything else. By default
             where that takes seconds: real weights on one device, at most 300 million parameters; True: at any size; False: never.
 
@@ -111,7 +114,7 @@ def parallelize(
     device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
     device = torch.device(device_mesh.device_type)
     axes, mode = parse_mesh(device_mesh), given.mode if given else mode
-    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs))
+    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled))
     program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
     gradient = request.mode == "train"
     share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check)) if is_first() else None)

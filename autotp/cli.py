@@ -1,4 +1,4 @@
-"""The command line: `autotp plan`, `autotp verify` and `autotp clusters`.
+"""The command line: `autotp plan`, `recommend`, `verify`, `calibrate` and `clusters`.
 
 The result goes to stdout and nothing else does; progress and errors go to stderr. Options are checked before PyTorch is
 imported, which takes seconds. Exit codes: 0 done, 1 a check failed (or a bug in autotp), 2 wrong input, 130 interrupted.
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autotp.cli_calibrate import calibrate
+from autotp.cli_recommend import recommend
 from autotp.errors import AutotpError
 from autotp.price.cluster import DEFAULT_CLUSTER
 
@@ -118,6 +120,9 @@ def plan(
         list[str] | None,
         typer.Option(metavar="PATTERN=WORD", help="Fix a choice, e.g. '*.q_proj=column'; may be repeated."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Price operators as torch.compile fuses them (default eager).")
+    ] = False,
     format: Annotated[
         str | None,
         typer.Option(metavar="|".join(FORMATS), help="What to write (default as FILE's suffix says, else table)."),
@@ -147,6 +152,7 @@ def plan(
     axes = _axes(DEFAULT_MESH if mesh is None else mesh, priced)
     with progress() as step, calm_collector(), guest(model):
         step("loading PyTorch")
+        from autotp.kpi import rates
         from autotp.models import load_model
         from autotp.planning import Request, make_plan
         from autotp.trace import trace
@@ -156,11 +162,13 @@ def plan(
         step(f"tracing {loaded.name}")
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
         step(f"planning {loaded.name} on {' × '.join(f'{name}={size}' for name, size in axes.items())}")
-        found = make_plan(program, Request(axes, mode, limit, pins), priced, loaded.name)
+        found = make_plan(program, Request(axes, mode, limit, pins, compiled=compiled), priced, loaded.name)
+    size = found.batch if loaded.batch is None else loaded.batch
     found = replace(
         found,
-        batch=found.batch if loaded.batch is None else loaded.batch,
+        batch=size,
         sequence=loaded.seq,
+        kpi={**found.kpi, **rates(size, loaded.seq, found.time.step_s)},
         notes=(*loaded.notes, *found.notes),
     )
     defaults = [f"--cluster {DEFAULT_CLUSTER}"] * (cluster is None) + [f"--mesh {DEFAULT_MESH}"] * (mesh is None)
@@ -223,7 +231,8 @@ def clusters() -> None:
         cluster = load_cluster(name)
         peak = cluster.accelerator.peak_flops.get("bf16")
         links = [
-            f"{link.tier} {link.bandwidth / 1e9:.4g} GB/s" + (f" (up to {link.devices})" if link.devices else "")
+            f"{link.tier} {f'{link.ports} × ' if link.ports else ''}{link.bandwidth / 1e9:.4g} GB/s"
+            + (f" (up to {link.devices})" if link.devices else "")
             for link in cluster.links
         ]
         table.add_row(
@@ -236,6 +245,10 @@ def clusters() -> None:
         )
     width, color = _screen()
     typer.echo(to_text(table, width, color), color=color)
+
+
+app.command()(calibrate)
+app.command()(recommend)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

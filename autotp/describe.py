@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from autotp import kpi
 from autotp.formulate import Border, Formulation, border_tensors, home_of, state_bytes
 from autotp.layouts import COLLECTIVES, Layout, Move
 from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time, code_of
-from autotp.price.compute import memory_seconds
+from autotp.price.compute import peak_flops
 from autotp.price.conversion import ConversionPrices
-from autotp.price.memory import update_bytes
-from autotp.price.work import node_seconds
+from autotp.price.flops import model_flops
+from autotp.price.work import node_seconds, update_seconds
 from autotp.program import Program, Ref
 from autotp.solve import Solution
 from autotp.strategies import Space, Strategy
@@ -76,6 +77,15 @@ def bucket_of(space: Space, conversion: Conversion) -> tuple[int, int, tuple[int
     return home, copy, tuple(move.axis for move in conversion.path)
 
 
+def chosen_of(space: Space, formulation: Formulation, solution: Solution) -> dict[int, Strategy]:
+    """Representative node → the strategy that a solution gives it."""
+    return {
+        node: space.strategies[node][strategy]
+        for node, strategy in zip(formulation.nodes, solution.chosen, strict=False)
+        if node is not None
+    }
+
+
 def describe(
     space: Space,
     prices: ConversionPrices,
@@ -88,14 +98,11 @@ def describe(
     axes: Mapping[str, int],
     declared: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
     notes: tuple[str, ...] = (),
+    memory: MemoryUse | None = None,
 ) -> Plan:
-    """Name every decision and add up time, memory and collectives over the unfolded program."""
+    """Name every decision and add up time and collectives over the unfolded program; `memory` is None for the problem's estimate."""
     program, members = space.program, space.folding.members
-    chosen = {
-        node: space.strategies[node][strategy]
-        for node, strategy in zip(formulation.nodes, solution.chosen, strict=False)
-        if node is not None
-    }
+    chosen = chosen_of(space, formulation, solution)
     found = conversions(space, chosen, border, prices)
     compute, whole, replicated = _compute(space, prices, chosen)
     counts: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
@@ -125,14 +132,15 @@ def describe(
     first = next((n.outputs[0] for n in program.nodes if n.kind == "input"), None)
     inputs = first.hint if first else ()
     of_tokens = first is not None and len(inputs) == 2 and not first.dtype.is_floating_point
-    ranks = prod(space.mesh)
+    batch, sequence = inputs[0] if inputs else None, inputs[1] if of_tokens else None
+    memory = memory or _memory(space, prices, formulation, solution)
     return Plan(
         model=model,
         mode=mode,
         mesh=dict(axes),
         cluster=prices.cluster.name,
-        batch=inputs[0] if inputs else None,
-        sequence=inputs[1] if of_tokens else None,
+        batch=batch,
+        sequence=sequence,
         program=fingerprint(program),
         nodes=tuple(_node_plan(space, prices, node, chosen[node]) for node in members),
         conversions=tuple(
@@ -141,18 +149,35 @@ def describe(
         strategies=module_strategies(space, chosen),
         collectives={way: dict(sorted(kinds.items())) for way, kinds in counts.items()},
         time=Time(compute + communication, compute, communication),
-        memory=_memory(space, prices, formulation, solution),
+        memory=memory,
         solver=Solver(solution.solver, solution.status, solution.gap, solution.elapsed),
-        kpi={
-            "communication_to_computation": communication / compute if compute else 0.0,
-            "shard_efficiency": min(1.0, whole / (compute * ranks)) if compute else 1.0,
-        },
+        kpi=_kpi(space, prices, Time(compute + communication, compute, communication), whole, memory.total, batch, sequence),
         inputs=dict(declared[0]),
         outputs=dict(declared[1]),
         replicated=replicated,
         notes=notes,
         dynamic=bool(program.symbols),
     )
+
+
+def _kpi(
+    space: Space, prices: ConversionPrices, time: Time, alone: float, held: float, batch: int | None, sequence: int | None
+) -> dict[str, float]:
+    """The key figures of a plan; `alone` are the compute seconds of one device, `held` the peak bytes of each."""
+    program, cluster, ranks = space.program, prices.cluster, prod(space.mesh)
+    rules = {node.index: space.rules.get(space.folding.representative[node.index]) for node in program.nodes}
+    by_peak: dict[float, float] = {}
+    for dtype, flops in model_flops(program, rules, prices.symbols, prices.train).items():
+        peak = peak_flops(cluster, str(dtype).removeprefix("torch."))
+        by_peak[peak] = by_peak.get(peak, 0.0) + flops
+    return {
+        "communication_to_computation": kpi.communication_to_computation(time.communication_s, time.compute_s),
+        "exposed_communication_s": kpi.exposed_communication_s(time.communication_s),
+        "shard_efficiency": kpi.shard_efficiency(alone, time.compute_s, ranks),
+        "model_flops_utilisation": kpi.model_flops_utilisation(by_peak, time.step_s, ranks),
+        "memory_fraction": kpi.memory_fraction(held, cluster.accelerator.memory_bytes),
+        **kpi.rates(batch, sequence, time.step_s),
+    }
 
 
 def _order(item: tuple[tuple[int, int, Layout], list[Conversion]]) -> tuple[int, int, str]:
@@ -162,7 +187,8 @@ def _order(item: tuple[tuple[int, int, Layout], list[Conversion]]) -> tuple[int,
 def _price(prices: ConversionPrices, space: Space, conversion: Conversion) -> float:
     owner = Ref(space.folding.representative[conversion.ref.node], conversion.ref.output)
     table = prices.table(space.program.type_of(owner), space.dim_cuts(owner))
-    return table.seconds(conversion.source, conversion.target)
+    broken = prices.broken_seconds(space.program, owner, table, conversion.source, conversion.target)
+    return table.seconds(conversion.source, conversion.target) + broken
 
 
 def _compute(space: Space, prices: ConversionPrices, chosen: Mapping[int, Strategy]) -> tuple[float, float, dict[str, float]]:
@@ -189,9 +215,7 @@ def _node_time(space: Space, prices: ConversionPrices, index: int, strategy: Str
     if node.kind == "op":
         return node_seconds(space.program, node, space.rules[index], strategy, prices).total
     if node.kind == "parameter" and prices.train and node.outputs[0].requires_grad:
-        tensor = node.outputs[0]
-        elements = prices.local_bytes(tensor, strategy.outputs[0]) // tensor.dtype.itemsize
-        return memory_seconds(prices.cluster, update_bytes(elements, tensor.dtype.itemsize), kernels=0.0)
+        return update_seconds(prices, node.outputs[0], strategy.outputs[0])
     return 0.0
 
 
@@ -246,7 +270,7 @@ def _conversion_plan(
 
 
 def _memory(space: Space, prices: ConversionPrices, formulation: Formulation, solution: Solution) -> MemoryUse:
-    """Peak bytes per device by part, from the same numbers as the memory limit."""
+    """What the problem estimates as peak bytes per device, by part."""
     program, members, problem = space.program, space.folding.members, formulation.problem
     parts = Counter({"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0})
     for place, node in enumerate(formulation.nodes):

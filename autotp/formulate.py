@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 from autotp.layouts import Layout, local_shape, uniform
-from autotp.price.compute import memory_seconds
 from autotp.price.conversion import ConversionPrices
-from autotp.price.memory import optimizer_bytes, saved, update_bytes
-from autotp.price.work import node_seconds
+from autotp.price.memory import saved
+from autotp.price.work import node_seconds, update_seconds
 from autotp.problem import Bucket, Choice, Keep, Link, Memory, Problem
-from autotp.program import Node, Ref, TensorType
+from autotp.program import Node, Ref
 from autotp.strategies import Space, Strategy
 
 
@@ -84,7 +82,8 @@ def formulate(
         for source in set(made):
             for target in {layout for _, layouts in wanted for layout in layouts}:
                 if source != target and table.cost[source, target] < float("inf"):
-                    cost[source, target] = float(table.cost[source, target]) * len(copies)
+                    broken = prices.broken_seconds(program, ref, table, table.layouts[source], table.layouts[target])
+                    cost[source, target] = float(table.cost[source, target] + broken) * len(copies)
         links.append(Link(program.nodes[ref.node].name, producer, made, tuple(wanted), cost))
         tensors.append((ref, copies))
     buckets = _buckets(space, prices, links, tensors)
@@ -110,16 +109,8 @@ def _seconds(space: Space, prices: ConversionPrices, index: int, strategy: Strat
     if node.kind == "op":
         return node_seconds(space.program, node, space.rules[index], strategy, prices).total
     if node.kind == "parameter" and prices.train and node.outputs[0].requires_grad:
-        return memory_seconds(prices.cluster, _update(prices, node.outputs[0], strategy), kernels=0.0)
+        return update_seconds(prices, node.outputs[0], strategy.outputs[0])
     return 0.0
-
-
-def _elements(prices: ConversionPrices, tensor: TensorType, layout: Layout) -> int:
-    return prod(local_shape(tensor.hint, prices.hint(layout), prices.mesh, (0,) * len(prices.mesh)))
-
-
-def _update(prices: ConversionPrices, tensor: TensorType, strategy: Strategy) -> int:
-    return update_bytes(_elements(prices, tensor, strategy.outputs[0]), tensor.dtype.itemsize)
 
 
 def _groups(
@@ -275,4 +266,5 @@ def state_bytes(prices: ConversionPrices, node: Node, layout: Layout) -> dict[st
     own = prices.local_bytes(tensor, layout)
     if not (prices.train and tensor.requires_grad):
         return {"parameters": own, "gradients": 0, "optimizer": 0}
-    return {"parameters": own, "gradients": own, "optimizer": optimizer_bytes(own // tensor.dtype.itemsize, tensor.dtype.itemsize)}
+    shape = local_shape(tensor.hint, prices.hint(layout), prices.mesh, (0,) * len(prices.mesh))
+    return {"parameters": own, "gradients": own, "optimizer": prices.optimizer.state_bytes(shape, tensor.dtype.itemsize)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from autotp.batch_axes import batch_border, keep_to_batch
 from autotp.check import check
 from autotp.decisions import Decisions, read_plan
 from autotp.describe import describe, fingerprint
@@ -14,14 +15,17 @@ from autotp.errors import AutotpError
 from autotp.fold import fold
 from autotp.formulate import Border, formulate
 from autotp.layouts import Layout
+from autotp.memory_limit import memory_of, solve_within
 from autotp.mesh import border_layouts, output_names
 from autotp.plans import Plan, code_of
 from autotp.price.cluster import Cluster
 from autotp.price.conversion import ConversionPrices
+from autotp.price.memory import OPTIMIZERS
 from autotp.program import Program, Ref, Size, TensorType
-from autotp.solve import solve
 from autotp.strategies import Space, build_space
 from autotp.words import apply_pins
+
+COMPILED = "operators are priced as torch.compile fuses them: compile the module"
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,17 @@ class Request:
     pins: Mapping[str, str] | None = None
     inputs: Mapping[str, Any] | None = None
     outputs: Mapping[str, Any] | None = None
+    data: tuple[str, ...] | None = None
+    """Mesh axes that split the batch and nothing else, inputs and outputs included; the others then never split it. None: free."""
+    compiled: bool = False
+    """Price operators as `torch.compile` fuses them; else each is a kernel of its own, as in eager PyTorch."""
+    optimizer: str = "adamw"
+    """The optimizer whose state and update are counted in training: a name of `price.memory.OPTIMIZERS`."""
 
     def __post_init__(self) -> None:
         """Refuse what is no request at all."""
+        if self.optimizer not in OPTIMIZERS:
+            raise AutotpError(f"optimizer {self.optimizer!r} is unknown; give one of {', '.join(OPTIMIZERS)}")
         if self.memory is not None and (not isinstance(self.memory, (int, float)) or not self.memory > 0 or self.memory == float("inf")):
             raise AutotpError(f"memory is {self.memory!r}; give the bytes allowed per device as a positive number, e.g. 80e9")
         if self.pins is not None and (
@@ -59,8 +71,13 @@ def prepare(program: Program, request: Request) -> tuple[Space, Border]:
     return space, Border(inputs, outputs)
 
 
-def make_plan(program: Program, request: Request, cluster: Cluster, model: str) -> Plan:
+def make_plan(
+    program: Program, request: Request, cluster: Cluster, model: str, *, time_limit: float = 300.0, gap: float = 1e-4
+) -> Plan:
     """Price every strategy, solve, name the result and check it.
+
+    Args:
+        time_limit, gap: seconds for the solver, and the relative distance from the optimum at which it may stop.
 
     Raises:
         AutotpError: a pin, a border declaration or the memory limit cannot be kept.
@@ -70,10 +87,20 @@ def make_plan(program: Program, request: Request, cluster: Cluster, model: str) 
             f"the mesh {dict(request.axes)} needs {prod(request.mesh)} devices, but {cluster.name} has {cluster.max_devices}"
         )
     program = for_mode(program, request.mode)
+    if request.data is not None:
+        inputs, outputs = batch_border(program, request.data)
+        request = replace(request, inputs={**inputs, **(request.inputs or {})}, outputs={**outputs, **(request.outputs or {})})
     space, border = prepare(program, request)
-    prices = ConversionPrices(cluster, request.mesh, request.mode == "train", traced_sizes(program))
-    formulation = formulate(space, prices, border, apply_pins(space, dict(request.pins or {})), request.memory)
-    solution = solve(formulation.problem)
+    prices = ConversionPrices(
+        cluster, request.mesh, request.mode == "train", traced_sizes(program), request.compiled, OPTIMIZERS[request.optimizer]
+    )
+    allowed = apply_pins(space, dict(request.pins or {}))
+    if request.data is not None:
+        allowed = keep_to_batch(space, [place for place, name in enumerate(request.axes) if name in request.data], allowed)
+    formulation = formulate(space, prices, border, allowed, request.memory)
+    solution, memory = solve_within(
+        formulation.problem, lambda found: memory_of(space, prices, border, formulation, found), time_limit=time_limit, gap=gap
+    )
     plan = describe(
         space,
         prices,
@@ -84,7 +111,8 @@ def make_plan(program: Program, request: Request, cluster: Cluster, model: str) 
         mode=request.mode,
         axes=request.axes,
         declared=_border_codes(space, border),
-        notes=program.notes,
+        notes=(*program.notes, *([COMPILED] if request.compiled else [])),
+        memory=memory,
     )
     check(program, space, plan)
     return plan

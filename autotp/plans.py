@@ -115,7 +115,17 @@ class Time:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Predicted peak bytes per device, by part."""
+    """Predicted peak bytes per device: what a step holds at its highest moment, by part.
+
+    So a part may be less than it is at other moments: at the end of a long forward there are no gradients yet.
+
+    Attributes:
+        parameters: parameters, buffers and constants.
+        gradients: of parameters, as far as they are there at that moment.
+        optimizer: its state.
+        activations: what autograd keeps for backward.
+        transient: all else: inputs and outputs, which the caller holds, gathered tensors, gradients on their way, temporaries.
+    """
 
     parameters: float
     gradients: float
@@ -154,6 +164,9 @@ class Plan:
         collectives: {"forward"/"backward": {kind: count}} of the whole model, merged ones counted once.
         inputs, outputs: layout codes that the user declared, by tensor name.
         replicated: operators without a rule → seconds that running them on every rank costs.
+        kpi: key figures (`autotp.kpi`): communication_to_computation, exposed_communication_s, shard_efficiency,
+            model_flops_utilisation, memory_fraction, samples_per_s and, for tokens, tokens_per_s. `time.step_s` is the seconds of
+            one parameter update.
         notes: what tracing or planning wants the user to know.
         dynamic: whether the program was traced with sizes that may change; the module then takes other batches and lengths.
     """
@@ -263,6 +276,9 @@ def write_whole(path: str | Path, text: str) -> None:
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise AutotpError(f"cannot write {path}: {error.strerror}") from None
+    except BaseException:  # interrupted
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 SHAPES: dict[str, type | tuple[type, ...]] = {

@@ -7,7 +7,7 @@ The table has one row per distinct module, in the order in which they run; equal
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import StringIO
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "memory": _memory(plan),
         "solver": {"status": plan.solver.status, "gap": plan.solver.gap, "seconds": plan.solver.seconds},
-        "kpi": {name: plan.kpi[name] for name in ("communication_to_computation", "shard_efficiency")},
+        "kpi": dict(plan.kpi),
     }
 
 
@@ -176,8 +176,8 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     timed.add_row("step", duration(plan.time.step_s), "")
     timed.add_row("compute", duration(plan.time.compute_s), f"{plan.time.compute_s / step:.0%}")
     timed.add_row("communication", duration(plan.time.communication_s), f"{plan.time.communication_s / step:.0%}")
-    timed.add_row("communication : compute", f"{plan.kpi['communication_to_computation']:.2f}", "")
-    timed.add_row("shard efficiency", f"{plan.kpi['shard_efficiency']:.0%}", "")
+    for name, shown in key_figures(plan):
+        timed.add_row(name, shown, "")
     held = _grid("memory per device", "", "")
     memory = _memory(plan)
     for part, count in memory.items():
@@ -186,6 +186,26 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     page = Table.grid(padding=(0, 4))
     page.add_row(*([counted, timed, held] if width >= 118 else [counted, timed]))
     return [page] if width >= 118 else [page, held]
+
+
+def key_figures(plan: Plan) -> list[tuple[str, str]]:
+    """Names and values of the plan's key figures as people read them; those that an older plan lacks are left out."""
+    forms: dict[str, tuple[str, Callable[[float], str]]] = {
+        "exposed_communication_s": ("exposed communication", duration),
+        "communication_to_computation": ("communication : compute", lambda value: f"{value:.2f}"),
+        "shard_efficiency": ("shard efficiency", lambda value: f"{value:.0%}"),
+        "model_flops_utilisation": ("model FLOPs utilisation", lambda value: f"{value:.0%}"),
+        "memory_fraction": ("memory of the device", lambda value: f"{value:.0%}"),
+        "tokens_per_s": ("tokens per second", rate),
+        "samples_per_s": ("samples per second", rate),
+    }
+    shown = {name for name in forms if name in plan.kpi} - ({"samples_per_s"} if "tokens_per_s" in plan.kpi else set())
+    return [(title, form(plan.kpi[name])) for name, (title, form) in forms.items() if name in shown]
+
+
+def rate(value: float) -> str:
+    """A number per second with three digits, e.g. `0.42`, `83.1`, `12,300`."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _grid(*titles: str) -> Table:

@@ -231,6 +231,7 @@ class _Rewriter:
             orders = dict.fromkeys(order for move in path for order in orders_in(move.source, move.target))
             needed = [self._get(scope, self.order_of(order, ref)) for order in orders]
             scope.versions[version] = scope.call(_name(path), module, [scope.versions[ref, self.made(ref)], *needed, *sizes])
+            scope.versions[version].meta["local"] = ((self.program.type_of(ref), version[1]),)
         return scope.versions[version]
 
     def _emit(self, scope: _Scope, node: Node) -> None:
@@ -255,6 +256,7 @@ class _Rewriter:
             result = scope.call("random", RandomCall(target, self._shard(strategy.outputs[0])), args, kwargs)
         else:
             result = scope.graph.call_function(target, args, kwargs)
+        result.meta["local"] = tuple(zip(node.outputs, strategy.outputs, strict=True))
         several = len(node.outputs) > 1 or _returns_list(node.target)
         for place, layout in enumerate(strategy.outputs):
             scope.versions[Ref(node.index, place), layout] = (

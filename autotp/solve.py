@@ -1,5 +1,6 @@
-"""Solve a planning problem exactly, as an integer linear program (PuLP; HiGHS when it is installed, else the bundled CBC).
+"""Solve a planning problem: `presolve` bounds, plans and reduces it; what is then open is an integer linear program.
 
+PuLP writes the program, HiGHS solves it when it is installed, else the bundled CBC.
 One binary variable per strategy; one flow per (tensor, consumer, layout made, layout wanted); one variable per shared
 conversion. All but the strategies may be continuous: once those are fixed, the rest follows.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import pulp
 
 from autotp.errors import AutotpError
+from autotp.presolve import Presolved, presolve
 from autotp.problem import Link, Problem, bytes_of, seconds_of
 
 MICROSECONDS = 1e6
@@ -20,6 +22,22 @@ MICROSECONDS = 1e6
 
 TIE = 1e-7
 """Microseconds added per strategy number, so that equal optima are always resolved in favour of the first listed."""
+
+
+LARGE, ENOUGH = 30_000, 1e-3
+"""Above so many conversions a solver takes minutes to say what `presolve` says in seconds: this gap is then enough."""
+
+
+class OutOfMemoryError(AutotpError):
+    """No plan keeps the memory limit; `least` is the smallest peak, in bytes per device, that any plan reaches."""
+
+    def __init__(self, sentence: str, least: float) -> None:
+        super().__init__(sentence)
+        self.least = least
+
+
+class OutOfTimeError(AutotpError):
+    """The solver found no plan within its time limit, though there may be one."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +71,56 @@ def solve(problem: Problem, *, solver: str | None = None, time_limit: float = 30
         gap: relative distance from the optimum at which it may stop.
 
     Raises:
-        AutotpError: the memory limit cannot be kept (the message says the least that would do), or no solution was found.
+        OutOfMemoryError: the memory limit cannot be kept; the message says the least that would do.
+        OutOfTimeError: no plan was found in time.
     """
     start = time.perf_counter()
-    program, strategies = _formulate(problem, minimise_memory=False)
-    engine, name = _engine(solver, time_limit, gap)
-    program.solve(engine)
-    if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+    found = presolve(problem, gap, time_limit / 2)
+    proven = _gap(problem, found.chosen, found.bound)
+    enough = max(gap, ENOUGH) if sum(len(link.seconds) for link in problem.links) > LARGE else gap
+    if solver is None and found.chosen is not None and proven <= enough:
+        return _solution(problem, found.chosen, "optimal", proven, "dual ascent", start)
+    return _integer(problem, found, solver, time_limit - (time.perf_counter() - start), gap, start)
+
+
+def _integer(problem: Problem, known: Presolved, solver: str | None, seconds: float, gap: float, start: float) -> Solution:
+    """The integer program of what is left; its plan, or the one already known if that is better."""
+    engine, name = _engine(solver, max(seconds, 1.0), gap)
+    program = pulp.LpProblem()
+    solved = False
+    if known.bound <= _most(problem):
+        program, strategies = _formulate(known.problem, minimise_memory=False)
+        program.solve(engine)
+        solved = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    plans = [_chosen(problem, strategies)] if solved else []
+    plans += [known.chosen] if known.chosen is not None else []
+    if not plans:
         if problem.limit is not None:
-            least = least_memory(problem, time_limit=time_limit)
-            raise AutotpError(
-                f"the memory limit of {_size(problem.limit)} per device cannot be kept: the least that would do on this mesh "
-                f"is {_size(least * 1.0005)}; raise the limit, use more devices, or a smaller batch"
-            )
-        raise AutotpError(f"the solver {name} found no plan within {time_limit:.0f} s: raise the time limit")
-    chosen = _chosen(problem, strategies)
-    found = seconds_of(problem, chosen)
-    optimal = program.sol_status == pulp.LpSolutionOptimal
-    bound = _bound(program)
-    proven = max(0.0, 1 - bound / (found * MICROSECONDS)) if bound is not None and found else (0.0 if optimal else 1.0)
-    return Solution(
-        chosen,
-        found,
-        bytes_of(problem, chosen),
-        "optimal" if optimal else "feasible",
-        min(proven, gap) if optimal else proven,
-        name,
-        time.perf_counter() - start,
-    )
+            least = least_memory(problem, time_limit=max(seconds, 1.0))
+            if least > problem.limit:
+                raise out_of_memory(problem.limit, least)
+        raise OutOfTimeError(f"the solver {name} found no plan within {seconds:.0f} s: raise the time limit")
+    chosen = min(plans, key=lambda plan: seconds_of(problem, plan))
+    optimal = solved and program.sol_status == pulp.LpSolutionOptimal
+    bound = _bound(program) if solved else None
+    proven = _gap(problem, chosen, max(known.bound, (bound or 0.0) / MICROSECONDS))
+    return _solution(problem, chosen, "optimal" if optimal else "feasible", min(proven, gap) if optimal else proven, name, start)
+
+
+def _solution(problem: Problem, chosen: tuple[int, ...], status: str, gap: float, name: str, start: float) -> Solution:
+    return Solution(chosen, seconds_of(problem, chosen), bytes_of(problem, chosen), status, gap, name, time.perf_counter() - start)
+
+
+def _gap(problem: Problem, chosen: tuple[int, ...] | None, bound: float) -> float:
+    """The relative distance of a plan from a bound of all plans."""
+    seconds = seconds_of(problem, chosen) if chosen is not None else 0.0
+    return max(0.0, 1 - bound / seconds) if seconds else 0.0
+
+
+def _most(problem: Problem) -> float:
+    """Seconds that no plan exceeds: a higher bound means that there is none."""
+    conversions = sum(max(link.seconds.values(), default=0.0) * len(link.consumers) for link in problem.links)
+    return sum(max(choice.seconds) for choice in problem.choices) + conversions + sum(bucket.seconds for bucket in problem.buckets)
 
 
 def _size(size: float) -> str:
@@ -91,11 +131,27 @@ def _size(size: float) -> str:
     return f"{size:.0f} bytes"
 
 
+def out_of_memory(limit: float, least: float) -> OutOfMemoryError:
+    """That `limit` bytes cannot be kept, and `least` is the smallest peak."""
+    return OutOfMemoryError(
+        f"the memory limit of {_size(limit)} per device cannot be kept: the least that would do on this mesh "
+        f"is {_size(least * 1.0005)}; raise the limit, use more devices, or a smaller batch",
+        least,
+    )
+
+
 def least_memory(problem: Problem, *, time_limit: float = 300.0) -> float:
     """The smallest peak bytes per device that any choice reaches."""
+    return least_plan(problem, time_limit=time_limit).bytes
+
+
+def least_plan(problem: Problem, *, time_limit: float = 300.0) -> Solution:
+    """The choice with the smallest peak, however long it takes; its gap is that of its time, which nothing bounds here."""
+    start = time.perf_counter()
+    engine, name = _engine(None, time_limit, 1e-4)
     program, strategies = _formulate(problem, minimise_memory=True)
-    program.solve(_engine(None, time_limit, 1e-4)[0])
-    return bytes_of(problem, _chosen(problem, strategies))
+    program.solve(engine)
+    return _solution(problem, _chosen(problem, strategies), "feasible", 1.0, name, start)
 
 
 def _engine(solver: str | None, time_limit: float, gap: float) -> tuple[pulp.LpSolver, str]:

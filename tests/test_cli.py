@@ -83,7 +83,7 @@ def test_clusters(autotp: Any) -> None:
         assert name in out
     assert out.startswith(" name ")
     assert not out.endswith("\n\n")
-    assert "dgx-h100 (default)  h100-sxm            8  NVLink 450 GB/s (up to 8), InfiniBand 50 GB/s" in out
+    assert "dgx-h100 (default) h100-sxm 8 NVLink 450 GB/s (up to 8), InfiniBand 50 GB/s" in " ".join(out.split())
 
 
 def test_table(autotp: Any, model: str) -> None:

@@ -37,6 +37,7 @@ def plain_prices() -> Cluster:
         peak_flops=dict.fromkeys(cluster.accelerator.peak_flops, 1e9),
         bandwidth=1e15,
         launch_seconds=0.0,
+        host_launch_seconds=0.0,
         gemm=ideal,
         attention_efficiency=1.0,
     )

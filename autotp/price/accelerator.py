@@ -28,6 +28,7 @@ class Gemm:
         k_overhead: start and end of a tile, in elements of k.
         split_k_seconds: extra time when k is split over several processors.
         alignment_bytes, misaligned_efficiency: rows that are no multiple of these bytes long run at this fraction.
+        start_seconds: duration of a product that has next to no arithmetic.
     """
 
     units: int
@@ -39,6 +40,7 @@ class Gemm:
     split_k_seconds: float
     alignment_bytes: int
     misaligned_efficiency: float
+    start_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +51,12 @@ class Accelerator:
         name: the YAML file's stem.
         memory_bytes: device memory in bytes.
         bandwidth: peak memory bandwidth in bytes/s; `bandwidth_efficiency` is the fraction that a long copy reaches.
-        launch_seconds: duration of the shortest kernel.
+        launch_seconds: what a kernel bound by memory takes beside its bytes, on the device, in a stream of kernels.
         peak_flops: FLOP/s by "fp64", "fp32", "bf16", "fp16", "fp8", "int8"; dense, without TF32 for "fp32".
-        attention_efficiency: fraction of peak that fused attention reaches on long sequences.
+        attention_efficiency: fraction of peak that fused attention reaches on long sequences, at a head size of 128.
         gemm: matrix product constants.
+        host_launch_seconds: what the host needs to launch a kernel from eager PyTorch; the device waits for it if its
+            kernels are shorter, unless they are recorded in a CUDA graph.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Accelerator:
     peak_flops: Mapping[str, float]
     attention_efficiency: float
     gemm: Gemm
+    host_launch_seconds: float = 0.0
 
 
 def accelerator_names() -> list[str]:
@@ -82,12 +87,13 @@ def read_accelerator(section: Section) -> Accelerator:
     peaks.expected.update(PEAKS)
     peaks.finish()
     gemm = section.section("gemm")
+    launch = section.quantity("launch", SECONDS)
     accelerator = Accelerator(
         name=section.name,
         memory_bytes=int(section.quantity("memory", BYTES)),
         bandwidth=section.quantity("bandwidth", BYTES_PER_SECOND),
         bandwidth_efficiency=section.fraction("bandwidth_efficiency", 0.9),
-        launch_seconds=section.quantity("launch", SECONDS),
+        launch_seconds=launch,
         peak_flops=peak_flops,
         attention_efficiency=section.fraction("attention_efficiency", 0.4),
         gemm=Gemm(
@@ -100,7 +106,9 @@ def read_accelerator(section: Section) -> Accelerator:
             split_k_seconds=gemm.quantity("split_k", SECONDS),
             alignment_bytes=gemm.integer("alignment_bytes", 1),
             misaligned_efficiency=gemm.fraction("misaligned_efficiency", 1.0),
+            start_seconds=gemm.quantity("start", SECONDS, launch),
         ),
+        host_launch_seconds=section.quantity("host_launch", SECONDS, launch),
     )
     gemm.finish()
     section.text("description", "")

@@ -1,36 +1,50 @@
 """Seconds of collectives, by kind, bytes, and where the group's members sit in the cluster.
 
-First an estimate, from the links alone. On one tier, with n ranks, b bytes, launch time β, latency α per step and
-usable bandwidth W:
+First an estimate, from the links alone. A transfer that is cut into pieces and passed on in h hops, each of latency α,
+through links of usable bandwidth W takes, with the best size of the pieces (Sanders, Speck, Träff, "Two-tree algorithms
+for full bandwidth broadcast, reduction and scan", Parallel Computing 35, 2009, section 2),
 
-    all_reduce      min of ring β + 2(n-1)α + 2(n-1)/n·b/W, tree β + 2⌈log2 n⌉α + 2b/W, in-switch β + 2α + 1.4·b/W
-    all_gather      β + (n-1)α + (n-1)/n·b/W, and so reduce_scatter
-    all_to_all      β + (n-1)α/2 + (n-1)/n·b/W
+    t(h, b) = β + (√(hα) + √(b/W))²                  β: launch time
 
-Across tiers it is the cheaper of one ring through all members, which uses every member's network port, and the
-hierarchy: reduce-scatter inside, the collective across on 1/P of the bytes, all-gather inside (P members inside).
+so that bandwidth is reached slowly, as in every measured sweep. On one tier, with n ranks and b bytes:
 
-Then measurement: where the cluster's YAML has a sweep, the factor measured / estimated corrects the estimate at the
-measured sizes, and the first and last factor beyond them; between these points seconds lie on straight lines in
-log-log. So measured points are met exactly, up to noise: a smaller message never costs more than a bigger one. A
-group size or kind without a sweep takes the correction of the nearest one of the same tier.
+    all_reduce      least of ring t(2(n-1), 2(n-1)/n·b), tree t(2·4·⌈log2 n⌉, 2b), in-switch t(50, 1.4·b)
+    all_gather      t(n-1, (n-1)/n·b), and so reduce_scatter
+    all_to_all      t(0.6·(n-1), (n-1)/n·b)
 
-Ring and tree steps follow NCCL's tuner (NVIDIA/nccl, src/graph/tuning.cc); 1.4 is fitted to NVLS on H200 (1.35) and
-B200 (1.43), ml-engineering, network. Nothing is ever below the physical floor: the bytes that must cross a link,
-over its raw bandwidth.
+Across tiers it is the cheapest of one ring or tree through all members, which uses every member's network port (hops
+add up, each at its own tier's latency; the tier with the least bandwidth limits), and the hierarchy: reduce-scatter
+inside, the collective across on 1/P of the bytes, all-gather inside (P members inside).
+
+Then measurement: where the cluster's YAML has a sweep, the factor measured / estimated corrects the estimate. Noise is
+averaged before, so that neither the fast nor the slow outlier wins: by isotonic regression (pooling adjacent violators,
+in the logarithm of the seconds), after which more bytes never take less time. Between measured sizes the logarithm of
+the factor is interpolated in the logarithm of the bytes; beyond them it stays. A group size without a
+sweep takes the factor between those of the next smaller and next larger group (in the logarithm of the ranks); an
+all-gather takes half of it from the reduce-scatter of its own size, which moves the same bytes through the same ring, and
+the other way round; a kind without any sweep takes that of the most similar kind.
+
+The three constants 4, 50 and 0.6, and 1.4, are fitted to the published NVLink sweeps of A100, H100, H200, B200 and GB200
+(docs/accuracy.md). Nothing is ever below the physical floor: the bytes that must cross a link, over its raw bandwidth.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
-from math import ceil, inf, log, log2, pow
+from itertools import accumulate, pairwise
+from math import ceil, exp, log, log2, pow, sqrt
 
 from autotp.errors import AutotpError
 from autotp.price.cluster import KINDS, Cluster, Link, Sweep
 
+TREE_HOP = 4.0
+"""A tree's hop, which receives twice, adds and sends twice, in hops of a ring."""
+MESSAGE_HOP = 0.6
+"""A message of an all-to-all in hops of a ring: messages to several peers are under way at once."""
+IN_SWITCH_HOPS = 50.0
 IN_SWITCH_TRAFFIC = 1.4
 GRID = tuple(float(1 << power) for power in range(10, 37))
 """Message sizes, 1 KiB to 64 GiB, at which curves are computed; smaller messages cost as much as 1 KiB."""
@@ -41,6 +55,8 @@ SIMILAR = {
     "all_to_all": ("all_to_all", "all_gather", "reduce_scatter", "all_reduce"),
 }
 """Whose measured sweeps stand in for a kind, best first."""
+MIRROR = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}
+"""Kinds that are each other's reverse."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +64,22 @@ class Group:
     """`size` ranks, consecutive members `stride` devices apart; the last axis of a mesh has stride 1.
 
     All groups of an axis act at once, each member on its own port. A group lies inside a domain of D devices when
-    size · stride ≤ D: meshes are laid out so that domains are whole blocks.
+    size · stride ≤ D: meshes are laid out so that domains are whole blocks. `devices` is how many devices the whole
+    mesh has, which share what its hosts share; at least, and by default, those that the group spans.
     """
 
     size: int
     stride: int = 1
+    devices: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.stride < 1:
             raise AutotpError(f"no group has {self.size} ranks of stride {self.stride}: give whole numbers, at least 1")
+
+    @property
+    def active(self) -> int:
+        """Devices that communicate at once."""
+        return max(self.devices, self.size * self.stride)
 
 
 def tier_of(cluster: Cluster, group: Group) -> Link:
@@ -80,7 +103,7 @@ def collective_seconds(cluster: Cluster, kind: str, nbytes: float, group: Group)
     Raises:
         AutotpError: unknown kind, negative bytes, or a group that spans more devices than the cluster has.
     """
-    curve = _curve(cluster, kind, group.size, group.stride)
+    curve = _curve(cluster, kind, group.size, group.stride, group.active)
     position = bisect_right(curve.sizes, nbytes)
     if position:
         return curve.scales[position - 1] * pow(nbytes, curve.powers[position - 1])
@@ -91,7 +114,7 @@ def collective_seconds(cluster: Cluster, kind: str, nbytes: float, group: Group)
 
 def latency_seconds(cluster: Cluster, kind: str, group: Group) -> float:
     """Seconds of the collective for a tiny message. Raises as `collective_seconds`."""
-    return _curve(cluster, kind, group.size, group.stride).least
+    return _curve(cluster, kind, group.size, group.stride, group.active).least
 
 
 def floor_seconds(cluster: Cluster, kind: str, nbytes: float, group: Group) -> float:
@@ -111,19 +134,17 @@ class _Curve:
 
 @dataclass(frozen=True)
 class _Level:
-    """The part of a group that one tier joins: `ranks` domains of the tier inside it, each with `inner` members."""
+    """The part of a group that one tier joins: `ranks` domains of the tier below, each with `inner` members.
+
+    `bandwidth` is raw bytes/s per member and direction; `detour` is by how much the bytes of an all-to-all grow because
+    they pass through other members.
+    """
 
     link: Link
     ranks: int
     inner: int
-
-    @property
-    def bandwidth(self) -> float:
-        """Raw bytes/s per member and direction."""
-        link = self.link
-        if link.mesh and link.devices:
-            return link.bandwidth * (self.ranks - 1) / (link.devices - 1)
-        return link.bandwidth
+    bandwidth: float
+    detour: float = 1.0
 
     @property
     def usable(self) -> float:
@@ -134,113 +155,159 @@ class _Level:
 def _levels(cluster: Cluster, group: Group) -> tuple[_Level, ...]:
     """The tiers that the group crosses, innermost first; the product of their ranks is at least the group's size."""
     levels: list[_Level] = []
-    members = 1
+    members = below = 1
     for link in cluster.links:
         whole = link.devices is None or group.size * group.stride <= link.devices
         joined = group.size if whole else max(1, min(group.size, (link.devices or 0) // group.stride))
         if joined > members:
-            levels.append(_Level(link, ceil(joined / members), members))
+            levels.append(_level(link, ceil(joined / members), members, below, group))
             members = joined
         if whole:
             return tuple(levels)
+        below = link.devices or below
     raise AutotpError(
         f"a group of {group.size} ranks, stride {group.stride}, spans more than the {cluster.max_devices} devices of "
         f"cluster {cluster.name!r}: use a smaller mesh or another cluster"
     )
 
 
+def _level(link: Link, ranks: int, inner: int, below: int, group: Group) -> _Level:
+    """One tier of a group; `below` are the devices of one domain of the tier below."""
+    bandwidth, detour = link.bandwidth, 1.0
+    if link.ports is not None:
+        bandwidth *= link.ports / below
+    places = (link.devices or 0) // below
+    if link.topology == "mesh":
+        bandwidth *= (ranks - 1) / (places - 1)
+    if link.topology == "ring":  # a group that does not close the circle is a chain: one wire per neighbour
+        step = max(1, group.stride // below)  # as many groups share each wire
+        bandwidth /= step if ranks * step >= places else 2 * step
+        detour = (ranks * ranks // 4) / (ranks - 1)
+    if link.root is not None:
+        bandwidth = min(bandwidth, link.root / min(group.active, link.devices or 0))
+    return _Level(link, ranks, inner, bandwidth, detour)
+
+
 @lru_cache(maxsize=1 << 14)
-def _curve(cluster: Cluster, kind: str, size: int, stride: int) -> _Curve:
+def _curve(cluster: Cluster, kind: str, size: int, stride: int, active: int) -> _Curve:
     """The seconds of one kind in one group, compiled for every message size."""
     if kind not in KINDS:
         raise AutotpError(f"unknown collective {kind!r}: use one of {', '.join(KINDS)}")
-    group = Group(size, stride)
+    group = Group(size, stride, active)
     levels = _levels(cluster, group)
     if not levels:
         return _Curve(0.0)
-    corrections = _corrections(cluster, _nearest(levels[-1].link.sweeps, kind, group))
-    sizes = [nbytes for nbytes, _ in corrections]
-    seconds = [_estimate(cluster, kind, nbytes, group) * factor for nbytes, factor in corrections]
-    for i in range(len(sizes) - 2, -1, -1):  # noise: a smaller message never costs more than a bigger one
-        seconds[i] = min(seconds[i], seconds[i + 1])
+    sources = _sources(levels[-1].link.sweeps, kind, group)
+    sizes = sorted({*GRID, *(nbytes for sweep, _ in sources for nbytes, _ in sweep.points)})
+    logs = [log(_estimate(cluster, kind, nbytes, group)) for nbytes in sizes]
+    for sweep, weight in sources:
+        logs = [value + weight * factor for value, factor in zip(logs, _log_factors(cluster, sweep, sizes), strict=True)]
     floor = _floor(kind, levels)
-    seconds = [max(value, floor * nbytes) for nbytes, value in zip(sizes, seconds, strict=True)]
+    rising = accumulate(logs, max)  # a factor that falls with bytes may leave a dip between measured sizes
+    seconds = [max(exp(value), floor * nbytes) for nbytes, value in zip(sizes, rising, strict=True)]
     pairs = list(zip(sizes, seconds, strict=True))
     powers = [log(t1 / t0) / log(b1 / b0) for (b0, t0), (b1, t1) in pairwise(pairs)] + [1.0]
     scales = [value / nbytes**power for (nbytes, value), power in zip(pairs, powers, strict=True)]
     return _Curve(seconds[0], tuple(sizes), tuple(scales), tuple(powers))
 
 
-def _nearest(sweeps: tuple[Sweep, ...], kind: str, group: Group) -> Sweep | None:
-    """The sweep whose kind, then group size, then stride is nearest."""
+def _sources(sweeps: Sequence[Sweep], kind: str, group: Group) -> list[tuple[Sweep, float]]:
+    """The sweeps whose corrections a group takes, with their weights; the weights sum to 1, if there are any."""
+    known = next((found for like in SIMILAR[kind] if (found := _of_kind(sweeps, like, group))), {})
+    if group.size in known or not known:
+        return [(known[group.size], 1.0)] if known else []
+    smaller = max((ranks for ranks in known if ranks < group.size), default=min(known))
+    larger = min((ranks for ranks in known if ranks > group.size), default=max(known))
+    share = log(group.size / smaller) / log(larger / smaller) if smaller < larger else 0.0
+    share = min(1.0, max(0.0, share))
+    between = [(known[smaller], 1.0 - share), (known[larger], share)]
+    mirror = _of_kind(sweeps, MIRROR.get(kind, kind), group).get(group.size)
+    return between if mirror is None else [(mirror, 0.5), *((sweep, weight / 2) for sweep, weight in between)]
 
-    def distance(sweep: Sweep) -> tuple[float, float, float]:
-        return (
-            SIMILAR[kind].index(sweep.kind),
-            abs(log(sweep.ranks / group.size)),
-            abs(log(sweep.stride / group.stride)),
-        )
 
-    return min(sweeps, key=distance, default=None)
+def _of_kind(sweeps: Sequence[Sweep], kind: str, group: Group) -> dict[int, Sweep]:
+    """The sweeps of one kind, by ranks; of several strides, those of the nearest."""
+    found = [sweep for sweep in sweeps if sweep.kind == kind]
+    stride = min((sweep.stride for sweep in found), key=lambda stride: abs(log(stride / group.stride)), default=1)
+    return {sweep.ranks: sweep for sweep in found if sweep.stride == stride}
 
 
-def _corrections(cluster: Cluster, sweep: Sweep | None) -> list[tuple[float, float]]:
-    """(bytes, measured / estimated seconds of the sweep's own collective), continued to all sizes of the grid."""
-    if sweep is None:
-        return [(nbytes, 1.0) for nbytes in GRID]
+def _log_factors(cluster: Cluster, sweep: Sweep, sizes: Sequence[float]) -> list[float]:
+    """Logarithm of measured over estimated seconds of the sweep's own collective, continued to other sizes."""
     group = Group(sweep.ranks, sweep.stride)
-    known = [(b, seconds / _estimate(cluster, sweep.kind, b, group)) for b, seconds in sweep.points]
-    (first, first_factor), (last, last_factor) = known[0], known[-1]
-    below = [(b, first_factor) for b in GRID if b < first]
-    above = [(b, last_factor) for b in GRID if b > last]
-    return below + known + above
+    measured = isotonic([log(seconds) for _, seconds in sweep.points])
+    points = [
+        (log(nbytes), value - log(_estimate(cluster, sweep.kind, nbytes, group)))
+        for (nbytes, _), value in zip(sweep.points, measured, strict=True)
+    ]
+    (first, first_factor), (last, last_factor) = points[0], points[-1]
+    factors, position = [], 0
+    for place in map(log, sizes):
+        if place <= first or place >= last:
+            factors.append(first_factor if place <= first else last_factor)
+            continue
+        while points[position + 1][0] < place:
+            position += 1
+        (b0, f0), (b1, f1) = points[position : position + 2]
+        factors.append(f0 + (f1 - f0) * (place - b0) / (b1 - b0))
+    return factors
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The nearest non-decreasing sequence in the sense of least squares, by pooling adjacent violators."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, many = pools.pop()
+            mean, count = (before * many + mean * count) / (many + count), many + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _estimate(cluster: Cluster, kind: str, nbytes: float, group: Group) -> float:
     """Seconds from the links alone (and, inside a domain, from what was measured there)."""
     levels = _levels(cluster, group)
-    if len(levels) == 1:
-        return _one_tier(levels[0], kind, nbytes)
     through = _through_all(levels, kind, nbytes, group.size)
-    if kind == "all_to_all":
+    if len(levels) == 1:
         return through
     outer = levels[-1]
-    inside = Group(outer.inner, group.stride)
-    across = _one_tier(outer, kind, nbytes / outer.inner)
+    inside = Group(outer.inner, group.stride, group.active)
+    within = collective_seconds(cluster, kind, nbytes, inside)
+    if kind == "all_to_all":
+        return max(through, within)
+    across = _through_all((replace(outer, inner=1),), kind, nbytes / outer.inner, outer.ranks)
     phases = ("reduce_scatter", "all_gather") if kind == "all_reduce" else (kind,)
     hierarchy = across + sum(collective_seconds(cluster, phase, nbytes, inside) for phase in phases)
-    return max(min(through, hierarchy), collective_seconds(cluster, kind, nbytes, inside))
+    return max(min(through, hierarchy), within)
 
 
-def _one_tier(level: _Level, kind: str, nbytes: float) -> float:
-    """Seconds among `level.ranks` ranks that one tier joins: the formulas at the top of this file."""
-    link, n, transfer = level.link, level.ranks, nbytes / level.usable
-    share = (n - 1) / n
-    if kind == "all_to_all":
-        return link.launch + (n - 1) * link.latency / 2 + share * transfer
-    if kind != "all_reduce":
-        return link.launch + (n - 1) * link.latency + share * transfer
-    ring = 2 * (n - 1) * link.latency + 2 * share * transfer
-    tree = 2 * ceil(log2(n)) * link.latency + 2 * transfer
-    in_switch = 2 * link.latency + IN_SWITCH_TRAFFIC * transfer if link.in_switch_reduction else inf
-    return link.launch + min(ring, tree, in_switch)
+def _through_all(levels: Sequence[_Level], kind: str, nbytes: float, size: int) -> float:
+    """Seconds of the best algorithm that knows no hierarchy: the formulas at the top of this file.
 
-
-def _through_all(levels: tuple[_Level, ...], kind: str, nbytes: float, size: int) -> float:
-    """Seconds of one ring (or, for all_to_all, of direct messages) through all members of several tiers.
-
-    A ring enters each domain once per port: of its size - 1 steps, those of a tier are the domains it joins less one.
+    A ring enters each domain once per port: of its size - 1 hops, those of a tier are the domains it joins less one.
     """
     launch = max(level.link.launch for level in levels)
     if kind == "all_to_all":
         peers = [(level, min(size, level.ranks * level.inner) - level.inner) for level in levels]
-        return launch + sum(
-            count * level.link.latency / 2 + count / size * nbytes / level.usable for level, count in peers
-        )
+        hops = sum(count * MESSAGE_HOP * level.link.latency for level, count in peers)
+        return launch + _pipelined(hops, sum(count / size * level.detour * nbytes / level.usable for level, count in peers))
     passes = 2 if kind == "all_reduce" else 1
-    steps = [size / level.inner * (1 - 1 / level.ranks) * level.link.latency for level in levels]
-    slowest = min(level.usable * level.inner for level in levels)
-    return launch + passes * (sum(steps) + (size - 1) / size * nbytes / slowest)
+    transfer = nbytes / min(level.usable * level.inner for level in levels)
+    ring = sum(size / level.inner * (1 - 1 / level.ranks) * level.link.latency for level in levels)
+    seconds = _pipelined(passes * ring, passes * (size - 1) / size * transfer)
+    if kind == "all_reduce":
+        tree = sum(ceil(log2(level.ranks)) * TREE_HOP * level.link.latency for level in levels)
+        seconds = min(seconds, _pipelined(2 * tree, 2 * transfer))
+        if len(levels) == 1 and levels[0].link.in_switch_reduction:
+            in_switch = _pipelined(IN_SWITCH_HOPS * levels[0].link.latency, IN_SWITCH_TRAFFIC * transfer)
+            seconds = min(seconds, in_switch)
+    return launch + seconds
+
+
+def _pipelined(hops: float, transfer: float) -> float:
+    """Seconds of a transfer in pieces of the best size, from the latency of all hops and the time of the bytes."""
+    return hops + transfer + 2 * sqrt(hops * transfer)
 
 
 def _floor(kind: str, levels: tuple[_Level, ...]) -> float:
@@ -250,7 +317,7 @@ def _floor(kind: str, levels: tuple[_Level, ...]) -> float:
     for level in levels:
         n = level.ranks
         if kind == "all_to_all":
-            least = max(least, (n - 1) * level.inner / size / level.bandwidth)
+            least = max(least, (n - 1) * level.inner / size * level.detour / level.bandwidth)
             continue
         share = (n - 1) / n
         passes = 1 / share if level.link.in_switch_reduction else 2

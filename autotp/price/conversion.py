@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy
 
@@ -22,7 +23,9 @@ from autotp.layouts import (
 from autotp.price.cluster import Cluster
 from autotp.price.communication import Group, collective_seconds, latency_seconds
 from autotp.price.compute import memory_seconds
-from autotp.program import Size, TensorType
+from autotp.price.fusion import Access, accesses
+from autotp.price.memory import OPTIMIZERS, Optimizer
+from autotp.program import Program, Ref, Size, TensorType
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,26 @@ def axis_group(mesh: Sequence[int], axis: int) -> Group:
     stride = 1
     for size in mesh[axis + 1 :]:
         stride *= size
-    return Group(mesh[axis], stride)
+    return Group(mesh[axis], stride, prod(mesh))
 
 
 @dataclass
 class ConversionPrices:
     """Prices of conversions on one mesh and cluster, computed once per kind of tensor.
 
-    `symbols` gives the traced value of every symbolic size. With `train`, moves also pay for the gradient's way back.
+    `symbols` gives the traced value of every symbolic size. With `train`, moves also pay for the gradient's way back. `compiled`:
+    operators are priced as `torch.compile` fuses them, not one by one.
     """
 
     cluster: Cluster
     mesh: tuple[int, ...]
     train: bool
     symbols: Mapping[Size, int]
+    compiled: bool = False
+    optimizer: Optimizer = OPTIMIZERS["adamw"]
     _tables: dict[tuple[TensorType, tuple[tuple[Cut, ...], ...]], PathTable] = field(default_factory=dict)
     _hints: dict[Layout, Layout] = field(default_factory=dict)
+    _accesses: list[tuple[Program, tuple[Access, ...]]] = field(default_factory=list)
 
     def table(self, tensor: TensorType, cuts: Sequence[tuple[Cut, ...]]) -> PathTable:
         """Cheapest paths between all layouts of a tensor with these candidate cuts."""
@@ -68,6 +75,30 @@ class ConversionPrices:
         if layout not in self._hints:
             self._hints[layout] = at_sizes(layout, self.symbols)
         return self._hints[layout]
+
+    def accesses(self, program: Program) -> tuple[Access, ...]:
+        """How every node of the program uses memory, by its index; computed once."""
+        if not self._accesses or self._accesses[0][0] is not program:
+            self._accesses[:] = [(program, accesses(program, self.compiled))]
+        return self._accesses[0][1]
+
+    def broken_seconds(self, program: Program, ref: Ref, table: PathTable, source: Layout, target: Layout) -> float:
+        """What it costs that collectives break a compiled chain at a tensor inside it; 0 for a tensor that reaches memory anyway.
+
+        The tensor is written before and read after them, and so is its gradient on the way back. What follows a reduction reads the
+        reduction's operand again.
+        """
+        if not self.compiled or self.accesses(program)[ref.node].writes[ref.output]:
+            return 0.0
+        tensor, path = program.type_of(ref), table.path(source, target)
+        moved: float = self.local_bytes(tensor, source) + self.local_bytes(tensor, target)
+        producer = program.nodes[ref.node]
+        operand = program.type_of(producer.inputs[0]) if producer.inputs else tensor
+        if operand.numel > tensor.numel:
+            moved += operand.bytes / prod(size for size, kind in zip(self.mesh, source.kinds, strict=True) if kind in "PMS")
+        ways = [any(move.forward in COLLECTIVES for move in path)]
+        ways.append(self.train and tensor.requires_grad and any(move.backward in COLLECTIVES for move in path))
+        return sum(ways) * memory_seconds(self.cluster, moved)
 
     def local_bytes(self, tensor: TensorType, layout: Layout) -> int:
         """Bytes that the first rank, which never has less than another, holds."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
 from autotp.program import Node
 
 SAVES_NOTHING = frozenset(
@@ -12,9 +16,14 @@ SAVES_OUTPUT = frozenset("exp tanh sigmoid rsqrt sqrt softmax log_softmax relu r
 
 
 def saved(node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(operands, outputs) that the operator keeps for its backward, by position; read off torch's derivatives.yaml."""
-    name = node.op.split(".")[1] if node.op.startswith("aten.") else node.op
-    operands = tuple(range(len(node.inputs)))
+    """(operands, outputs) that a node keeps for its backward, by position."""
+    return saved_by(node.op, len(node.inputs))
+
+
+def saved_by(op: str, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The same for an operator, as rules spell it, with `count` operands; read off torch's derivatives.yaml."""
+    name = op.split(".")[1] if op.startswith("aten.") else op
+    operands = tuple(range(count))
     if name in ("autotp.experts.dispatch", "autotp.experts.combine"):
         return (1,), ()
     if name in SAVES_NOTHING:
@@ -40,18 +49,44 @@ def saved(node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return operands, ()
 
 
-OPTIMIZER_STATE_BYTES = 8
-"""Adam's two moments in float32, per parameter element (Kingma & Ba 2015)."""
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer of `torch.optim` needs beside parameters and gradients.
 
-MASTER_BYTES = 4
-"""A float32 master copy, per element of a parameter in a 16-bit dtype (Micikevicius et al. 2018)."""
+    Attributes:
+        moments: tensors of the parameter's shape and dtype that it keeps for each.
+        temporaries: most tensors of a parameter's size that its step holds at once; it goes parameter by parameter, as
+            `torch.optim` does with DTensors.
+        master: whether parameters below 32 bits have a float32 copy, and float32 moments (Micikevicius et al. 2018).
+        factored: whether matrices have a moment for each row and column in place of each element (Shazeer & Stern 2018).
+    """
+
+    moments: int
+    temporaries: int
+    master: bool = False
+    factored: bool = False
+
+    def state_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Bytes that it keeps for a parameter of this local shape and bytes per element."""
+        low, elements = self.master and itemsize < 4, prod(shape)
+        each = prod(shape[:-1]) + prod((*shape[:-2], shape[-1])) if self.factored and len(shape) > 1 else self.moments * elements
+        return each * (4 if low else itemsize) + (4 * elements if low else 0)
+
+    def temporary_bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Most bytes that its step holds for a while, for a parameter of this local shape and bytes per element."""
+        return self.temporaries * prod(shape) * (4 if self.master and itemsize < 4 else itemsize)
 
 
-def optimizer_bytes(elements: int, itemsize: int) -> int:
-    """Bytes that Adam keeps for `elements` parameters of `itemsize` bytes: two moments, and a master copy below 32 bits."""
-    return elements * (OPTIMIZER_STATE_BYTES + (MASTER_BYTES if itemsize < 4 else 0))
+OPTIMIZERS = {
+    "adamw": Optimizer(2, 2),
+    "adamw-master": Optimizer(2, 2, master=True),
+    "adafactor": Optimizer(1, 1, factored=True),
+    "momentum": Optimizer(1, 0),
+    "sgd": Optimizer(0, 0),
+}
+"""Optimizers by name: `adamw` is Adam too (Kingma & Ba 2015; two moments, and the root of one of them twice in the step)."""
 
 
-def update_bytes(elements: int, itemsize: int) -> int:
-    """Bytes that one fused Adam step reads and writes: gradient, parameter, moments and master copy."""
-    return elements * itemsize * 3 + 2 * optimizer_bytes(elements, itemsize)
+def update_bytes(elements: int, itemsize: int, optimizer: Optimizer = OPTIMIZERS["adamw"]) -> int:
+    """Bytes that one fused step reads and writes: gradient, parameter, and twice the optimizer's state."""
+    return elements * itemsize * 3 + 2 * optimizer.state_bytes((elements,), itemsize)

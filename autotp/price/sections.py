@@ -15,6 +15,8 @@ from autotp.errors import AutotpError
 BYTES = {"bytes": 1.0, "gb": 1e9, "gib": 2.0**30}
 BYTES_PER_SECOND = {"gb_per_s": 1e9, "tb_per_s": 1e12, "gbit_per_s": 1e9 / 8}
 SECONDS = {"us": 1e-6, "ns": 1e-9, "ms": 1e-3}
+NOISE = 4.0
+"""A sweep in which more bytes take less time by this factor is refused; published sweeps of sound machines reach 2.4."""
 T = TypeVar("T")
 
 
@@ -124,13 +126,15 @@ class Section:
             raise self.error(key, f"is {value:g} but must be a fraction between 0 and 1")
         return value
 
-    def quantity(self, stem: str, units: dict[str, float]) -> float:
-        """A number whose key ends in its unit, e.g. `memory_gb`, in base units."""
+    def quantity(self, stem: str, units: dict[str, float], default: float | None = None) -> float:
+        """A number whose key ends in its unit, e.g. `memory_gb`, in base units; `default` where no such key is given."""
         keys = [f"{stem}_{unit}" for unit in units]
         self.expected.update(keys)
         found = [key for key in keys if key in self.entries]
+        wrong = [key for key in self.entries if key not in self.expected and key.startswith(stem)]
+        if default is not None and not found and not wrong:
+            return default
         if len(found) != 1:
-            wrong = [key for key in self.entries if key not in self.expected and key.startswith(stem)]
             problem = "is given twice" if found else "has no known unit" if wrong else "is missing"
             raise self.error((found + wrong + keys)[0], f"{problem}: give exactly one of {', '.join(keys)}")
         unit = found[0].removeprefix(f"{stem}_")
@@ -183,11 +187,18 @@ class Section:
     def points(self, key: str) -> tuple[tuple[float, float], ...]:
         """A mapping of bytes to microseconds, as ((bytes, seconds), …) with growing bytes."""
         table = self.section(key)
-        points = []
+        points: list[tuple[float, float]] = []
         for size in table.entries:
             if not size.isdigit() or int(size) == 0:
                 raise table.error(size, "must be a whole number of bytes, at least 1")
-            points.append((float(size), 1e-6 * table.number(size, positive=True, unit="number of us")))
+            nbytes, seconds = float(size), 1e-6 * table.number(size, positive=True, unit="number of us")
+            if points and nbytes <= points[-1][0]:
+                raise table.error(size, f"stands after {points[-1][0]:.0f}: write the bytes in rising order")
+            longest = max((known for _, known in points), default=0.0)
+            if seconds < longest / NOISE:
+                less = f"takes {1e6 * seconds:g} us, but fewer bytes take {1e6 * longest:g} us"
+                raise table.error(size, f"{less}, which is more than noise: check both rows")
+            points.append((nbytes, seconds))
         if not points:
             raise self.error(key, "is empty: give bytes and microseconds, such as {65536: 15.2, 131072: 16.8}")
-        return tuple(sorted(points))
+        return tuple(points)

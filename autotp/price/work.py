@@ -1,4 +1,4 @@
-"""What one node costs on one rank: time forward and backward at local shapes, and the bytes it keeps for backward."""
+"""What one node costs on one rank: time forward and backward at local shapes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from math import prod
 from autotp.layouts import Cut, Layout, SortedCut, Split, chunk, local_shape, local_size
 from autotp.price.compute import attention_seconds, gemm_seconds, memory_seconds
 from autotp.price.conversion import ConversionPrices
+from autotp.price.memory import update_bytes
+from autotp.price.traffic import Traffic, backward_traffic, forward_traffic, product_traffic
 from autotp.program import Node, Program, Size, TensorType
 from autotp.rules import Rule
 from autotp.rules.language import factors_in
@@ -28,62 +30,106 @@ class Seconds:
         return self.forward + self.backward
 
 
-BACKWARD_ATTENTION = 2.5
-"""Backward of flash attention does five matrix products where forward does two (Dao et al. 2022, algorithm 4)."""
+UPDATE_KERNELS = 8
+"""Kernels of an AdamW step for a parameter: decay, first moment, second moment (2), root, correction, epsilon, update. The parameters
+are DTensors, for which `torch.optim` goes parameter by parameter unless told otherwise (`torch/optim/adamw.py`, single tensor)."""
 
 
 def node_seconds(
     program: Program, node: Node, rule: Rule | None, strategy: Strategy, prices: ConversionPrices
 ) -> Seconds:
-    """Time of one operator with one strategy at the traced sizes, on the rank that has most to do."""
-    if rule is not None and rule.work == "none":
-        return Seconds(0.0, 0.0)
+    """Time of one operator with one strategy at the traced sizes, on the rank that has most to do.
+
+    Matrix products and attention are priced by `autotp.price.compute`; everything else by the bytes that its kernels read and write
+    (`autotp.price.traffic`), eager or compiled as `prices.compiled` says.
+    """
     train = prices.train and any(output.requires_grad for output in node.outputs)
     types = [program.type_of(ref) for ref in node.inputs]
     wanting = [train and tensor.requires_grad for tensor in types]
-    cluster = prices.cluster
-    if rule is not None and rule.work == "grouped":
+    access = prices.accesses(program)[node.index]
+    operands = [prices.local_bytes(tensor, layout) for tensor, layout in zip(types, strategy.operands, strict=True)]
+    outputs = [prices.local_bytes(tensor, layout) for tensor, layout in zip(node.outputs, strategy.outputs, strict=True)]
+    product = _product_seconds(node, types, rule, strategy, wanting, prices) if rule is not None and len(types) >= 2 else None
+    if product is not None:
+        beside = product_traffic(node, access, operands, outputs, wanting)
+        return Seconds(product.forward + _seconds(prices, beside[0]), product.backward + _seconds(prices, beside[1]))
+    forward = forward_traffic(node, access, operands, outputs)
+    backward = backward_traffic(node, access, operands, outputs, wanting)
+    return Seconds(_seconds(prices, forward), _seconds(prices, backward))
+
+
+def update_seconds(prices: ConversionPrices, tensor: TensorType, layout: Layout) -> float:
+    """Time of the optimizer's step for one parameter of this layout, on the rank that holds most of it.
+
+    The bytes are those of one fused pass; the launches, in eager, those of `UPDATE_KERNELS` kernels for each parameter.
+    """
+    elements = prices.local_bytes(tensor, layout) // tensor.dtype.itemsize
+    moved = update_bytes(elements, tensor.dtype.itemsize, prices.optimizer)
+    return _seconds(prices, Traffic(moved, 1 if prices.compiled else UPDATE_KERNELS))
+
+
+def _seconds(prices: ConversionPrices, traffic: Traffic) -> float:
+    return memory_seconds(prices.cluster, traffic.bytes, traffic.kernels, eager=not prices.compiled)
+
+
+def _product_seconds(
+    node: Node, types: Sequence[TensorType], rule: Rule, strategy: Strategy, wanting: Sequence[bool], prices: ConversionPrices
+) -> Seconds | None:
+    """Matrix products in all forms; None for whatever multiplies no matrices."""
+    if rule.work == "grouped":
         return _grouped_seconds(node, types, strategy, wanting, prices)
-    if rule is not None and rule.work == "convolution":
+    if rule.work == "convolution":
         return _convolution_seconds(node, types, rule, strategy, wanting, prices)
-    if rule is not None and rule.work in ("gemm", "attention") and len(types) >= 2:
-        sizes = _local_factors(rule, strategy, prices)
-        dtype = str(node.outputs[0].dtype).removeprefix("torch.")
-        if rule.work == "attention":
-            q, k, v = (_product(sizes, rule, i) for i in range(3))
-            inner, width = sizes.get("e", 1), sizes.get("f", 1)
-            queries, keys = sizes.get("s", 1), sizes.get("t", 1)
-            heads = max(1, q // max(queries * inner, 1))
-            causal = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
-            start = _local(rule.factors.get("s", 1), (), (), prices=prices) - queries  # the last queries see most keys
-            forward = (
-                attention_seconds(cluster, heads, queries, keys, inner, width, causal, dtype, start) if q and k and v else 0.0
-            )
-            return Seconds(forward, BACKWARD_ATTENTION * forward if any(wanting) else 0.0)
-        first, second = (
-            (1, 2) if len(rule.operands) == 3 and node.op in ("aten.addmm.default", "aten.baddbmm.default") else (0, 1)
-        )
-        a, b, out = rule.operands[first], rule.operands[second], rule.outputs[0]
-        names = [factors_in(dims) for dims in (a, b, out)]
-        batch = prod(sizes[name] for name in names[0] & names[1] & names[2])
-        m = prod(sizes[name] for name in (names[0] & names[2]) - names[1])
-        n = prod(sizes[name] for name in (names[1] & names[2]) - names[0])
-        k = prod(sizes[name] for name in (names[0] & names[1]) - names[2])
-        if not batch * m * n * k:
+    if rule.work not in ("gemm", "attention"):
+        return None
+    cluster = prices.cluster
+    sizes = _local_factors(rule, strategy, prices)
+    dtype = str(node.outputs[0].dtype).removeprefix("torch.")
+    if rule.work == "attention":
+        q, k, v = (_product(sizes, rule, i) for i in range(3))
+        inner, width = sizes.get("e", 1), sizes.get("f", 1)
+        queries, keys = sizes.get("s", 1), sizes.get("t", 1)
+        heads, shared = max(1, q // max(queries * inner, 1)), max(1, k // max(keys * inner, 1))
+        causal = bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+        start = _local(rule.factors.get("s", 1), (), (), prices=prices) - queries  # the last queries see most keys
+        if not (q and k and v):
             return Seconds(0.0, 0.0)
-        forward = gemm_seconds(cluster, m, n, k, dtype, batch)
-        backward = gemm_seconds(cluster, m, k, n, dtype, batch) if wanting[first] else 0.0
-        backward += gemm_seconds(cluster, k, n, m, dtype, batch) if wanting[second] else 0.0
-        return Seconds(forward, backward)
-    read = [prices.local_bytes(tensor, layout) for tensor, layout in zip(types, strategy.operands, strict=True)]
-    if node.op == "aten.embedding.default":
-        read[0] = 0  # only the rows looked up are read, as many bytes as are written
-    written = sum(
-        prices.local_bytes(tensor, layout) for tensor, layout in zip(node.outputs, strategy.outputs, strict=True)
-    )
-    forward = memory_seconds(cluster, sum(read) + written)
-    gradients = sum(size for size, wants in zip(read, wanting, strict=True) if wants)
-    return Seconds(forward, memory_seconds(cluster, sum(read) + written + gradients) if any(wanting) else 0.0)
+
+        def attention(backward: bool) -> float:
+            shape = (heads, queries, keys, inner, width, causal, dtype, start)
+            return attention_seconds(cluster, *shape, kv_batch_heads=shared, backward=backward, eager=not prices.compiled)
+
+        return Seconds(attention(False), attention(True) if any(wanting) else 0.0)
+    added = len(rule.operands) == 3 and node.op in ("aten.addmm.default", "aten.baddbmm.default")
+    first, second = (1, 2) if added else (0, 1)
+    a, b, out = rule.operands[first], rule.operands[second], rule.outputs[0]
+    names = [factors_in(dims) for dims in (a, b, out)]
+    batch = prod(sizes[name] for name in names[0] & names[1] & names[2])
+    m = prod(sizes[name] for name in (names[0] & names[2]) - names[1])
+    n = prod(sizes[name] for name in (names[1] & names[2]) - names[0])
+    k = prod(sizes[name] for name in (names[0] & names[1]) - names[2])
+    if not batch * m * n * k:
+        return Seconds(0.0, 0.0)
+    return _three_products(prices, m, n, k, dtype, batch, (wanting[first], wanting[second]))
+
+
+def _three_products(
+    prices: ConversionPrices,
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    batch: int,
+    wanting: tuple[bool, bool],
+    traffic: float | None = None,
+) -> Seconds:
+    """A product (m, k) @ (k, n), and in backward one more for each operand that wants a gradient."""
+
+    def seconds(m: int, n: int, k: int) -> float:
+        return gemm_seconds(prices.cluster, m, n, k, dtype, batch, traffic, eager=not prices.compiled)
+
+    backward = (seconds(m, k, n) if wanting[0] else 0.0) + (seconds(k, n, m) if wanting[1] else 0.0)
+    return Seconds(seconds(m, n, k), backward)
 
 
 def _grouped_seconds(
@@ -97,10 +143,7 @@ def _grouped_seconds(
         return Seconds(0.0, 0.0)
     dtype = str(node.outputs[0].dtype).removeprefix("torch.")
     each = -(-rows // keys)
-    forward = gemm_seconds(prices.cluster, each, n, k, dtype, keys)
-    backward = gemm_seconds(prices.cluster, each, k, n, dtype, keys) if wanting[0] else 0.0
-    backward += gemm_seconds(prices.cluster, k, n, each, dtype, keys) if wanting[1] else 0.0
-    return Seconds(forward, backward)
+    return _three_products(prices, each, n, k, dtype, keys, (wanting[0], wanting[1]))
 
 
 def _convolution_seconds(
@@ -126,13 +169,7 @@ def _convolution_seconds(
     tensors = zip((*types[:2], node.outputs[0]), (*strategy.operands[:2], strategy.outputs[0]), strict=True)
     traffic = float(sum(prices.local_bytes(tensor, layout) for tensor, layout in tensors))
     dtype = str(node.outputs[0].dtype).removeprefix("torch.")
-
-    def seconds(m: int, n: int, k: int) -> float:
-        return gemm_seconds(prices.cluster, m, n, k, dtype, groups, traffic)
-
-    backward = seconds(rows, depth, columns) if wanting[0] else 0.0
-    backward += seconds(depth, columns, rows) if wanting[1] else 0.0
-    return Seconds(seconds(rows, columns, depth), backward)
+    return _three_products(prices, rows, columns, depth, dtype, groups, (wanting[0], wanting[1]), traffic)
 
 
 def _local_factors(rule: Rule, strategy: Strategy, prices: ConversionPrices) -> dict[str, int]:

@@ -1,0 +1,365 @@
+"""Peak memory of one rank: its graph walked through a step with storages in the place of values.
+
+Forward, backward (in the reverse order, as autograd's engine does) and the optimizer's update; every storage is counted from birth to
+death, by what keeps it alive. What each call does to memory is observed (`footprint.py`); a repeated block is walked for each of its
+copies, but its calls are observed once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import GraphModule
+
+from autotp.footprint import Call, Observer, Slot, Spec, contiguous
+from autotp.layouts import Layout, at_sizes, local_shape, local_size
+from autotp.plans import MemoryUse
+from autotp.price.memory import Optimizer
+from autotp.program import TensorType
+from autotp.runtime.collectives import bind
+from autotp.runtime.random import RandomCall
+from autotp.runtime.sorted_rows import HeldElements
+from autotp.sharded import Sharded
+
+PARTS = ("parameters", "gradients", "optimizer", "activations", "transient")
+
+
+@dataclass(eq=False)
+class _Storage:
+    """Memory that lives while anything holds it: the graph at work (`held`), autograd (`kept`), or the rank itself (`rests`)."""
+
+    bytes: int
+    held: int = 0
+    kept: int = 0
+    rests: str = ""
+
+    @property
+    def part(self) -> str:
+        """Which part of memory it counts to; empty when it is free."""
+        return self.rests or ("activations" if self.kept else "transient" if self.held else "")
+
+
+@dataclass(eq=False)
+class _Value:
+    """A tensor of the walk."""
+
+    spec: Spec
+    storage: _Storage
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call on the way back: what it was called with, what came out, and what autograd keeps for it."""
+
+    call: Call
+    key: Any
+    operands: tuple[_Value, ...]
+    results: tuple[_Value | None, ...]
+    kept: tuple[_Storage, ...]
+
+
+@dataclass
+class _Ledger:
+    """Bytes by part, now and at the highest moment."""
+
+    now: Counter[str] = field(default_factory=Counter)
+    total: int = 0
+    highest: int = -1
+    peak: Counter[str] = field(default_factory=Counter)
+
+    def change(self, storage: _Storage, held: int = 0, kept: int = 0, rests: str | None = None) -> None:
+        """Something begins or ends to hold a storage."""
+        before = storage.part
+        storage.held += held
+        storage.kept += kept
+        storage.rests = storage.rests if rests is None else rests
+        after = storage.part
+        if before != after:
+            self.now[before] -= storage.bytes
+            self.now[after] += storage.bytes
+            self.total += storage.bytes * (bool(after) - bool(before))
+
+    def look(self, more: int = 0, gradients: int = 0) -> None:
+        """Is this the highest moment? With `more` bytes that are not yet written down, `gradients` of them of parameters."""
+        if self.total + more > self.highest:
+            self.highest = self.total + more
+            self.peak = Counter({part: self.now[part] for part in PARTS})
+            self.peak["gradients"] += gradients
+            self.peak["transient"] += more - gradients
+
+
+def peak_memory(sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimizer | None, on_cpu: bool) -> MemoryUse:
+    """Bytes by part at the moment of a step at which a rank holds most.
+
+    The step is one of many: the optimizer has its state, gradients are freed before the forward (`zero_grad`), the caller holds inputs
+    and outputs. If the outputs have a scalar with gradient, backward starts there, else from all outputs that have gradients.
+
+    Args:
+        sharded: the rank's graph, rewritten for the device "meta".
+        symbols: every symbolic size at its traced value.
+        optimizer: None for inference.
+        on_cpu: see `Observer`.
+    """
+    return _Walk(sharded, symbols, optimizer, on_cpu).run()
+
+
+class _Walk:
+    def __init__(self, sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimizer | None, on_cpu: bool) -> None:
+        self.sharded, self.symbols, self.optimizer = sharded, symbols, optimizer
+        self.ledger, self.observer = _Ledger(), Observer(on_cpu)
+        self.tape: list[_Step] = []
+        self.leaves: Counter[_Value] = Counter()
+        """Parameters with gradient, and how many calls have yet to send them one."""
+        self.schedules: dict[GraphModule, list[tuple[fx.Node, tuple[fx.Node, ...]]]] = {}
+        bind(sharded.graph, _Alone(sharded.mesh))
+
+    def run(self) -> MemoryUse:
+        """Walk one step."""
+        arguments = [*self.state(), *self.inputs()]
+        self.hold(arguments)
+        results = self.graph(self.sharded.graph, arguments)
+        outputs = results[: len(self.sharded.outputs)]
+        self.release((arguments, results[len(self.sharded.outputs) :]))
+        if self.optimizer is not None:
+            self.backward(outputs)
+            self.update()
+        return MemoryUse(**{part: float(self.ledger.peak[part]) for part in PARTS})
+
+    # ---- what is there before the step ----
+
+    def local(self, tensor: TensorType, layout: Layout) -> Spec:
+        """What this rank holds of a tensor."""
+        shape = local_shape(tensor.hint, at_sizes(layout, self.symbols), self.sharded.mesh, self.sharded.coordinate)
+        return contiguous(shape, tensor.dtype, tensor.requires_grad and self.optimizer is not None)
+
+    def state(self) -> list[_Value]:
+        """Parameters, buffers and constants; a buffer that the forward changes is read as a copy."""
+        found = []
+        for held in self.sharded.state:
+            value = self.value(self.local(held.type, held.layout))
+            self.ledger.change(value.storage, rests="parameters")
+            if value.spec.requires_grad and self.optimizer is not None:
+                self.leaves[value] = 0
+                state = _Storage(self.optimizer.state_bytes(value.spec.shape, held.type.dtype.itemsize))
+                self.ledger.change(state, rests="optimizer")
+            found.append(self.value(value.spec) if held.name in self.sharded.updates else value)
+        return found
+
+    def inputs(self) -> list[_Value]:
+        """What the caller passes, and holds."""
+        found = [self.value(self.local(border.type, border.layout)) for border in self.sharded.inputs]
+        for value in found:
+            self.ledger.change(value.storage, held=1)
+        return found
+
+    def value(self, spec: Spec) -> _Value:
+        """A tensor on memory of its own."""
+        return _Value(spec, _Storage(spec.bytes))
+
+    # ---- forward ----
+
+    def graph(self, module: GraphModule, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Run a graph as its generated code does: a name is dropped after its last use. Results are held for the caller."""
+        values: dict[fx.Node, Any] = {}
+        given = iter(arguments)
+        for node, last in self.schedule(module):
+            if node.op == "placeholder":
+                values[node] = next(given)
+                self.hold(values[node])
+            elif node.op == "output":
+                given_back: Any = node.args[0]
+                result: tuple[Any, ...] = fx.map_arg(given_back, values.__getitem__)
+                self.hold(result)
+                for name in last:
+                    self.release(values.pop(name))
+                return result
+            else:
+                values[node] = self.node(module, node, values)
+            for name in last:
+                self.release(values.pop(name))
+        raise AssertionError("a graph ends with its output")
+
+    def schedule(self, module: GraphModule) -> list[tuple[fx.Node, tuple[fx.Node, ...]]]:
+        """Each node with the names whose last use it is."""
+        if module not in self.schedules:
+            seen: set[fx.Node] = set()
+            found = []
+            for node in reversed(module.graph.nodes):
+                last = [name for name in (*node.all_input_nodes, node) if name not in seen and not (name is node and node.op == "output")]
+                seen.update(last)
+                found.append((node, tuple(dict.fromkeys(last))))
+            self.schedules[module] = found[::-1]
+        return self.schedules[module]
+
+    def node(self, module: GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """One node; its result, held."""
+        target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        if isinstance(target, GraphModule):
+            return self.graph(target, fx.map_arg(node.args, values.__getitem__))
+        given = [values[name] for name in node.all_input_nodes]
+        if given and isinstance(given[0], tuple):  # an item of a call with several results
+            item = given[0][node.args[1]]  # type: ignore[index]
+            self.hold(item)
+            return item
+        if target is torch.ops.aten.sym_size.int:
+            return given[0].spec.shape[node.args[1]]
+        if "local" not in node.meta and not any(isinstance(value, _Value) for value in given):  # arithmetic of sizes
+            return target(*fx.map_arg(node.args, values.__getitem__))
+        tensors: list[_Value] = []
+        args, kwargs = _slotted((node.args, node.kwargs), values, tensors)
+        function = target.target if isinstance(target, RandomCall) else target
+        estimate = tuple(self.local(tensor, layout) for tensor, layout in node.meta.get("local", ()))
+        if isinstance(target, HeldElements):
+            split = at_sizes(target.layout, self.symbols).splits[0]
+            estimate = (contiguous((local_size(split, target.mesh, target.coordinate),), torch.int64),)
+        sizes = tuple(value for value in given if not isinstance(value, _Value))
+        return self.call(Call(function, args, kwargs, estimate), (node, sizes), tuple(tensors))
+
+    def call(self, call: Call, key: Any, operands: tuple[_Value, ...]) -> Any:
+        """An operator or conversion: its results, held."""
+        seen = self.observer.forward(call, key, tuple(value.spec for value in operands))
+        storages = [*(value.storage for value in operands), *map(_Storage, seen.new)]
+        kept = tuple(storages[place] for place in seen.kept)
+        for place, storage in zip(seen.kept, kept, strict=True):
+            if place < len(operands):  # these are kept before the kernel runs
+                self.ledger.change(storage, kept=1)
+        self.ledger.look(seen.peak)
+        results: list[_Value | None] = []
+        for found, same in zip(seen.results, seen.is_same, strict=True):
+            results.append(None if found is None else operands[same] if same is not None else _Value(found[0], storages[found[1]]))
+        self.hold(results)
+        for place, storage in zip(seen.kept, kept, strict=True):
+            if place >= len(operands):
+                self.ledger.change(storage, kept=1)
+        made = tuple(value if same is None else None for value, same in zip(results, seen.is_same, strict=True))
+        if any(value is not None and value.spec.requires_grad for value in made):
+            self.tape.append(_Step(call, key, operands, made, kept))
+            self.leaves.update(value for value in set(operands) if value in self.leaves)
+        return tuple(results) if seen.several else results[0]
+
+    def hold(self, value: Any) -> None:
+        """Something more refers to a value, or to each of several."""
+        for storage in _storages(value):
+            self.ledger.change(storage, held=1)
+
+    def release(self, value: Any) -> None:
+        """The inverse of `hold`."""
+        for storage in _storages(value):
+            self.ledger.change(storage, held=-1)
+
+    # ---- backward ----
+
+    def backward(self, outputs: Sequence[_Value]) -> None:
+        """Autograd's engine: the last call first; what a call kept is freed when it is done.
+
+        A call that the loss does not depend on keeps what it keeps for as long as the caller holds the outputs.
+        """
+        differentiable = [value for value in outputs if value.spec.requires_grad]
+        scalars = [value for value in differentiable if not value.spec.shape]
+        pending: dict[_Value, _Value] = {}
+        for value in scalars[:1] or dict.fromkeys(differentiable):
+            seed = self.value(contiguous(value.spec.shape, value.spec.dtype))
+            self.hold(seed)
+            self.arrive(value, seed, pending, False)
+        for step in reversed(self.tape):
+            arrived = tuple(None if value is None else pending.pop(value, None) for value in step.results)
+            self.leaves.subtract(value for value in set(step.operands) if value in self.leaves)
+            if any(arrived):
+                self.step_back(step, arrived, pending)
+
+    def step_back(self, step: _Step, arrived: tuple[_Value | None, ...], pending: dict[_Value, _Value]) -> None:
+        """The backward of one call: from the gradients of its results to those of its operands."""
+        specs = tuple(None if gradient is None else gradient.spec for gradient in arrived)
+        seen = self.observer.backward(step.call, step.key, tuple(value.spec for value in step.operands), specs)
+        given = [gradient for gradient in arrived if gradient is not None]
+        storages = [*(gradient.storage for gradient in given), *map(_Storage, seen.new)]
+        last = [found[1] for value, found in zip(step.operands, seen.results, strict=True) if found and self.is_last(value, pending)]
+        self.ledger.look(seen.peak, sum(storages[place].bytes for place in {*last}.intersection(seen.at_peak)))
+        made: list[tuple[_Value, _Value]] = []
+        for operand, found, same in zip(step.operands, seen.results, seen.is_same, strict=True):
+            if found is not None:
+                made.append((operand, given[same] if same is not None else _Value(found[0], storages[found[1]])))
+        self.hold([gradient for _, gradient in made])
+        for storage in step.kept:
+            self.ledger.change(storage, kept=-1)
+        self.release(given)
+        uses = Counter(gradient for _, gradient in made)
+        for operand, gradient in made:
+            self.arrive(operand, gradient, pending, uses[gradient] > 1)
+
+    def arrive(self, value: _Value, gradient: _Value, pending: dict[_Value, _Value], shared: bool) -> None:
+        """A gradient of `value`, held: added to what came before, in memory of its own; that of a parameter is copied if it is not
+        laid out like it, or if it is `shared` with another tensor."""
+        before = pending.pop(value, None)
+        if before is not None:
+            gradient = self.replaced(before.spec if before.spec.is_dense else value.spec, before, gradient)
+        if value in self.leaves and self.leaves[value] == 0:
+            if before is None and (shared or not gradient.spec.is_laid_out_like(value.spec)):
+                gradient = self.replaced(value.spec, gradient)
+            self.ledger.change(gradient.storage, rests="gradients")
+        pending[value] = gradient
+
+    def is_last(self, value: _Value, pending: Mapping[_Value, _Value]) -> bool:
+        """Whether the gradient that comes now is all that a parameter gets."""
+        return value in self.leaves and self.leaves[value] == 0 and value not in pending
+
+    def replaced(self, spec: Spec, *old: _Value) -> _Value:
+        """A new tensor made of others, which are released."""
+        new = self.value(spec)
+        self.hold(new)
+        self.ledger.look()
+        self.release(old)
+        return new
+
+    def update(self) -> None:
+        """The optimizer's step, parameter by parameter."""
+        assert self.optimizer is not None
+        needs = [self.optimizer.temporary_bytes(value.spec.shape, value.spec.dtype.itemsize) for value in self.leaves]
+        self.ledger.look(max(needs, default=0))
+
+
+class _Alone:
+    """`runtime.collectives.Comm` for a rank without others: results of the right sizes."""
+
+    def __init__(self, mesh: tuple[int, ...]) -> None:
+        self.mesh = mesh
+
+    def all_reduce(self, x: torch.Tensor, axis: int, op: str) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return x.new_empty((x.shape[0] * self.mesh[axis], *x.shape[1:]))
+
+    def reduce_scatter(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return x.new_empty((x.shape[0] // self.mesh[axis], *x.shape[1:]))
+
+    def all_to_all(self, x: torch.Tensor, axis: int, send_sizes: Sequence[int] | None, receive_sizes: Sequence[int] | None) -> torch.Tensor:
+        return x.new_empty((x.shape[0] if receive_sizes is None else sum(receive_sizes), *x.shape[1:]))
+
+
+def _slotted(tree: Any, values: dict[fx.Node, Any], tensors: list[_Value]) -> Any:
+    """Arguments with a `Slot` for every tensor; the tensors are appended to `tensors`."""
+    if isinstance(tree, fx.Node):
+        return _slotted(values[tree], values, tensors)
+    if isinstance(tree, _Value):
+        tensors.append(tree)
+        return Slot(len(tensors) - 1)
+    if isinstance(tree, (tuple, list)):  # fx has lists and tuples of its own
+        return (list if isinstance(tree, list) else tuple)(_slotted(item, values, tensors) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _slotted(item, values, tensors) for key, item in tree.items()}
+    return tree
+
+
+def _storages(value: Any) -> list[_Storage]:
+    if isinstance(value, _Value):
+        return [value.storage]
+    if isinstance(value, (tuple, list)):
+        return [storage for item in value for storage in _storages(item)]
+    return []
+

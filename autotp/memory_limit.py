@@ -1,0 +1,68 @@
+"""Plans within a memory limit: what the integer program estimates, corrected by what a walk through the plan's own graph finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from autotp.decisions import Decisions
+from autotp.describe import chosen_of, conversions
+from autotp.formulate import Border, Formulation
+from autotp.liveness import peak_memory
+from autotp.plans import MemoryUse
+from autotp.price.conversion import ConversionPrices
+from autotp.problem import Problem
+from autotp.program import Ref
+from autotp.rewrite import rewrite
+from autotp.solve import OutOfMemoryError, OutOfTimeError, Solution, least_plan, out_of_memory, solve
+from autotp.strategies import Space
+
+ATTEMPTS = 4
+"""How often the estimate is corrected before the plan with the least estimate is taken."""
+
+
+def memory_of(space: Space, prices: ConversionPrices, border: Border, formulation: Formulation, solution: Solution) -> MemoryUse:
+    """Peak bytes per device of a solution: its graph for the first rank, which never has less than another, walked through a step."""
+    chosen = chosen_of(space, formulation, solution)
+    paths = {
+        (Ref(space.folding.representative[found.ref.node], found.ref.output), found.target): found.path
+        for found in conversions(space, chosen, border, prices)
+    }
+    decisions = Decisions(chosen, paths, dict(border.inputs), dict(border.outputs))
+    first = (0,) * len(space.mesh)
+    sharded = rewrite(space, decisions, first, gradient=prices.train, device="meta")
+    on_cpu = prices.cluster.accelerator.name.startswith("cpu")
+    return peak_memory(sharded, prices.symbols, prices.optimizer if prices.train else None, on_cpu)
+
+
+def solve_within(problem: Problem, walk: Callable[[Solution], MemoryUse], *, time_limit: float, gap: float) -> tuple[Solution, MemoryUse]:
+    """The best plan whose peak keeps the problem's limit, and that peak.
+
+    The problem's bytes are a linear estimate of the peak. Solved without a limit first, it is then solved under limits that are lowered
+    (or raised) by what the estimate of the last plan missed.
+
+    Raises:
+        OutOfMemoryError: no plan was found that keeps the limit; it names a peak that one does reach.
+    """
+    limit = problem.limit
+    best = solve(replace(problem, limit=None), time_limit=time_limit, gap=gap)
+    free = memory = walk(best)
+    if limit is None or memory.total <= limit:
+        return best, memory
+    missed = memory.total - best.bytes
+    for _ in range(ATTEMPTS):
+        if limit <= missed:
+            break
+        try:
+            found = solve(replace(problem, limit=limit - missed), time_limit=time_limit / ATTEMPTS, gap=gap)
+        except (OutOfMemoryError, OutOfTimeError):
+            break
+        memory = walk(found)
+        if memory.total <= limit:
+            return found, memory
+        missed = memory.total - found.bytes
+    least = least_plan(problem, time_limit=time_limit)
+    memory = walk(least)
+    if memory.total > limit:
+        raise out_of_memory(limit, min(memory.total, free.total))
+    return replace(least, gap=max(0.0, 1 - best.seconds / least.seconds)), memory
