@@ -39,6 +39,7 @@ def plan(
     pins: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
+    optimizer: str = "adamw",
     compiled: bool = False,
 ) -> Plan:
     """Decide how to split `model` over `mesh`, and say what that costs. Needs no GPU, no process group and no real weights.
@@ -52,18 +53,20 @@ def plan(
         args, kwargs: example inputs of one step; prices are for their sizes. By default the model's `dummy_inputs`.
         mesh: `8`, `(2, 4)`, `{"dp": 2, "tp": 4}` or a `DeviceMesh`.
         cluster: a name that `autotp clusters` lists, a YAML file, or a `Cluster`; by default `dgx-h100`.
-        mode: "train" (forward, backward, Adam update) or "inference" (forward alone).
+        mode: "train" (forward, backward, optimizer update) or "inference" (forward alone).
         memory: peak bytes allowed per device; no limit by default.
         pins: module-path pattern → strategy, e.g. `{"*.q_proj": "column", "lm_head": "replicate"}`.
         inputs, outputs: tensor name → layout, e.g. `{"input_ids": {"dp": 0}}` for a batch split over axis `dp`,
             `{"logits": {"tp": 2}}`; `"partial"` in place of a dim leaves an output unsummed. DTensor placements, one per mesh
             axis, are understood too.
+        optimizer: what is counted for the update and its state: "adamw" (Adam too), "adamw-master" (with float32 copies of 16-bit
+            parameters), "adafactor", "momentum" or "sgd".
         compiled: price operators as `torch.compile` fuses them, not one kernel each as eager PyTorch runs them.
 
     Raises:
         AutotpError: the model cannot be traced, or a request cannot be met; the message says what to do.
     """
-    request = Request(parse_mesh(mesh), mode, memory, pins, inputs, outputs, compiled=compiled)
+    request = Request(parse_mesh(mesh), mode, memory, pins, inputs, outputs, compiled=compiled, optimizer=optimizer)
     program = trace(model, args, kwargs)
     return make_plan(program, request, _cluster(cluster, torch.device("cuda")), type(model).__name__)
 
@@ -81,6 +84,7 @@ def parallelize(
     pins: Mapping[str, str] | None = None,
     inputs: Mapping[str, Any] | None = None,
     outputs: Mapping[str, Any] | None = None,
+    optimizer: str = "adamw",
     compiled: bool = False,
     check: bool | None = None,
 ) -> ParallelModule:
@@ -98,7 +102,7 @@ def parallelize(
         plan: a `Plan`, or a file that one was saved to; by default a new one. Its mode counts, and cluster, memory and pins
             cannot be given beside it.
         cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
-        args, kwargs, mode, memory, pins, inputs, outputs, compiled: as for `plan`; the module itself is never compiled here.
+        args, kwargs, mode, memory, pins, inputs, outputs, optimizer, compiled: as for `plan`; the module itself is never compiled here.
         check: run the model once and compare outputs and gradients with its trace, on rank 0, before anything else. By default
             where that takes seconds: real weights on one device, at most 300 million parameters; True: at any size; False: never.
 
@@ -114,7 +118,7 @@ def parallelize(
     device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
     device = torch.device(device_mesh.device_type)
     axes, mode = parse_mesh(device_mesh), given.mode if given else mode
-    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled))
+    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled, optimizer=optimizer))
     program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
     gradient = request.mode == "train"
     share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check)) if is_first() else None)

@@ -120,6 +120,9 @@ def plan(
         list[str] | None,
         typer.Option(metavar="PATTERN=WORD", help="Fix a choice, e.g. '*.q_proj=column'; may be repeated."),
     ] = None,
+    optimizer: Annotated[
+        str, typer.Option(metavar="NAME", help="adamw, adamw-master (float32 copies), adafactor, momentum or sgd.")
+    ] = "adamw",
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Price operators as torch.compile fuses them (default eager).")
     ] = False,
@@ -157,12 +160,13 @@ def plan(
         from autotp.planning import Request, make_plan
         from autotp.trace import trace
 
+        request = Request(axes, mode, limit, pins, optimizer=optimizer, compiled=compiled)
         step(f"building {model}")
         loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, mode=mode, fake=True)
         step(f"tracing {loaded.name}")
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
         step(f"planning {loaded.name} on {' × '.join(f'{name}={size}' for name, size in axes.items())}")
-        found = make_plan(program, Request(axes, mode, limit, pins, compiled=compiled), priced, loaded.name)
+        found = make_plan(program, request, priced, loaded.name)
     size = found.batch if loaded.batch is None else loaded.batch
     found = replace(
         found,

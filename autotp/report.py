@@ -178,7 +178,7 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     timed.add_row("communication", duration(plan.time.communication_s), f"{plan.time.communication_s / step:.0%}")
     for name, shown in key_figures(plan):
         timed.add_row(name, shown, "")
-    held = _grid("memory per device", "", "")
+    held = _grid("peak memory per device", "", "")
     memory = _memory(plan)
     for part, count in memory.items():
         style = "bold" if part == "total" else ""
