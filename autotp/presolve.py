@@ -35,9 +35,9 @@ TIE = 1e-13
 """Seconds added per strategy number, so that equal plans are resolved in favour of the first listed."""
 SHARERS = 4
 """Consumers whose shared conversions are bounded together; more are bounded in groups, each with its part of the price."""
-SWEEPS = 12
+SWEEPS = 6
 """Sweeps there and back over the choices between two looks at the bound."""
-FIRST_PRICES, PRICES = 12, 2
+FIRST_PRICES, PRICES = 12, 4
 """How many prices per byte are tried at first, and after each decision."""
 BRANCHES = 24
 """Decisions tried at most."""
@@ -467,7 +467,7 @@ class _Search:
                 low = price
             else:
                 high = price
-            step = 4.0 if tries == FIRST_PRICES else 1.3
+            step = 4.0 if tries == FIRST_PRICES else 2.0
             price = price * step if high == numpy.inf else (low * high) ** 0.5 if low else high / step
         return best
 
@@ -495,7 +495,7 @@ class _Search:
             for child, start in children:
                 found = max(bound, self.climb(child, start))
                 if child.per_byte and not self.closed(found):
-                    found, child, start = self.tune(found, child, start, child.per_byte * 1.3, PRICES)
+                    found, child, start = self.tune(found, child, start, child.per_byte * 1.4, PRICES)
                 heapq.heappush(heap, (found, next(numbers), child, start))
 
     def children(self, bound: float, ascent: _Ascent, state: _State) -> list[tuple[_Ascent, _State]]:

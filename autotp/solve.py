@@ -75,10 +75,11 @@ def solve(problem: Problem, *, solver: str | None = None, time_limit: float = 30
         OutOfTimeError: no plan was found in time.
     """
     start = time.perf_counter()
+    if sum(len(link.seconds) for link in problem.links) > LARGE:
+        gap = max(gap, ENOUGH)
     found = presolve(problem, gap, time_limit / 2)
     proven = _gap(problem, found.chosen, found.bound)
-    enough = max(gap, ENOUGH) if sum(len(link.seconds) for link in problem.links) > LARGE else gap
-    if solver is None and found.chosen is not None and proven <= enough:
+    if solver is None and found.chosen is not None and proven <= gap:
         return _solution(problem, found.chosen, "optimal", proven, "dual ascent", start)
     return _integer(problem, found, solver, time_limit - (time.perf_counter() - start), gap, start)
 
