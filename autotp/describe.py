@@ -155,7 +155,7 @@ def describe(
         inputs=dict(declared[0]),
         outputs=dict(declared[1]),
         replicated=replicated,
-        notes=notes,
+        notes=(*notes, *_idle_axes(axes, chosen)),
         dynamic=bool(program.symbols),
     )
 
@@ -178,6 +178,22 @@ def _kpi(
         "memory_fraction": kpi.memory_fraction(held, cluster.accelerator.memory_bytes),
         **kpi.rates(batch, sequence, time.step_s),
     }
+
+
+def _idle_axes(axes: Mapping[str, int], chosen: Mapping[int, Strategy]) -> list[str]:
+    """A sentence for every mesh axis on which nothing is split: its devices all do the same."""
+    used = {
+        axis
+        for strategy in chosen.values()
+        for layout in (*strategy.operands, *strategy.outputs)
+        for axis, kind in enumerate(layout.kinds)
+        if kind in "SP"
+    }
+    return [
+        f"mesh axis {name} splits nothing here: with {size} times fewer devices a step takes as long."
+        for axis, (name, size) in enumerate(axes.items())
+        if axis not in used and size > 1
+    ]
 
 
 def _order(item: tuple[tuple[int, int, Layout], list[Conversion]]) -> tuple[int, int, str]:

@@ -18,7 +18,9 @@ from autotp.solve import OutOfMemoryError, OutOfTimeError, Solution, least_plan,
 from autotp.strategies import Space
 
 ATTEMPTS = 4
-"""How often the estimate is corrected before the plan with the least estimate is taken."""
+"""How often the estimate is corrected before plans with small estimates are taken."""
+SHARES = (0.0, 0.1, 0.4)
+"""Where the estimates of these lie between the least and that of the fastest plan."""
 
 
 def memory_of(space: Space, prices: ConversionPrices, border: Border, formulation: Formulation, solution: Solution) -> MemoryUse:
@@ -46,7 +48,8 @@ def solve_within(problem: Problem, walk: Callable[[Solution], MemoryUse], *, tim
     """
     limit = problem.limit
     best = solve(replace(problem, limit=None), time_limit=time_limit, gap=gap)
-    free = memory = walk(best)
+    memory = walk(best)
+    tried = [(best, memory)]
     if limit is None or memory.total <= limit:
         return best, memory
     missed = memory.total - best.bytes
@@ -60,9 +63,29 @@ def solve_within(problem: Problem, walk: Callable[[Solution], MemoryUse], *, tim
         memory = walk(found)
         if memory.total <= limit:
             return found, memory
+        tried.append((found, memory))
         missed = memory.total - found.bytes
-    least = least_plan(problem, time_limit=time_limit)
-    memory = walk(least)
-    if memory.total > limit:
-        raise out_of_memory(limit, min(memory.total, free.total))
-    return replace(least, gap=max(0.0, 1 - best.seconds / least.seconds)), memory
+    smallest = _smallest(problem, best, walk, time_limit=time_limit, gap=gap)
+    fitting = [(found, memory) for found, memory in smallest if memory.total <= limit]
+    if not fitting:
+        raise out_of_memory(limit, min(memory.total for _, memory in [*smallest, *tried]))
+    found, memory = min(fitting, key=lambda pair: pair[0].seconds)
+    return replace(found, gap=max(0.0, 1 - best.seconds / found.seconds)), memory
+
+
+def _smallest(
+    problem: Problem, best: Solution, walk: Callable[[Solution], MemoryUse], *, time_limit: float, gap: float
+) -> list[tuple[Solution, MemoryUse]]:
+    """Plans with small peaks: the one with the least estimate, and the fastest ones with estimates somewhat above that.
+
+    The least estimate need not be the least peak.
+    """
+    found = [least_plan(problem, time_limit=time_limit)]
+    least = found[0].bytes
+    for share in SHARES:
+        allowed = replace(problem, limit=least + share * max(best.bytes - least, 0.0))
+        try:
+            found.append(solve(allowed, time_limit=time_limit / ATTEMPTS, gap=max(gap, 1e-2)))
+        except (OutOfMemoryError, OutOfTimeError):
+            continue
+    return [(one, walk(one)) for one in found]

@@ -114,8 +114,8 @@ def check_devices(cluster: Cluster, gpus: int) -> None:
 
 
 def node_size(cluster: Cluster, gpus: int) -> int:
-    """Devices that the innermost link joins; all of them where it joins any number."""
-    return cluster.links[0].devices or gpus
+    """Devices of a node; all of them where the innermost link joins any number."""
+    return cluster.node or cluster.links[0].devices or gpus
 
 
 def divisors(number: int) -> list[int]:

@@ -78,7 +78,7 @@ def test_units_are_converted(tmp_path: Path) -> None:
     assert (inner.bandwidth, outer.bandwidth) == (300e9, 25e9)
     assert (inner.latency, outer.devices, outer.efficiency) == (2e-6, None, 0.8)
     assert inner.sweeps[0].points == ((65536.0, pytest.approx(20e-6)), (1048576.0, pytest.approx(40e-6)))
-    assert cluster.accelerator.memory_bytes == 40_000_000_000
+    assert cluster.accelerator.memory_bytes == 40 * 2**30
     assert cluster.accelerator.bandwidth == 1555e9
     assert (cluster.devices_per_node, cluster.max_devices) == (4, None)
 
@@ -129,11 +129,11 @@ def test_every_shipped_link_names_its_source() -> None:
 
 def test_accelerator_inline_or_beside(tmp_path: Path) -> None:
     text = (cost_models_dir() / "accelerators" / "a100-40gb.yaml").read_text()
-    (tmp_path / "own.yaml").write_text(text.replace("memory_gb: 40", "memory_gib: 40"))
-    assert load(tmp_path, GOOD.replace("a100-40gb", "own.yaml")).accelerator.memory_bytes == 40 * 2**30
+    (tmp_path / "own.yaml").write_text(text.replace("memory_bytes: 42949672960", "memory_gib: 39.5"))
+    assert load(tmp_path, GOOD.replace("a100-40gb", "own.yaml")).accelerator.memory_bytes == 39.5 * 2**30
     inline = "accelerator:\n" + "".join(f"  {line}\n" for line in text.splitlines())
     device = load(tmp_path, GOOD.replace("accelerator: a100-40gb\n", inline)).accelerator
-    assert (device.name, device.memory_bytes) == ("mine", 40_000_000_000)
+    assert (device.name, device.memory_bytes) == ("mine", 40 * 2**30)
 
 
 def test_cluster_is_compared_by_identity() -> None:
@@ -199,7 +199,7 @@ def test_mistake_in_an_accelerator(tmp_path: Path) -> None:
     for old, new, message in (
         ("  bf16: 312", "  bfloat16: 312", r"line \d+: 'bfloat16' is no known key, did you mean bf16"),
         ("  fp32: 19.5\n", "", r"'fp32' is missing: add it as a number greater than 0"),
-        ("memory_gb", "memory_mb", r"'memory_mb' has no known unit: give exactly one of memory_bytes, memory_gb"),
+        ("memory_bytes", "memory_mb", r"'memory_mb' has no known unit: give exactly one of memory_bytes, memory_gb"),
         ("tiles: [", "tiles: [7, ", r"'tiles' must be a list of pairs of whole numbers"),
     ):
         assert old in text
