@@ -1,40 +1,22 @@
 """Most of a planning problem is solved before the solver starts: a good plan, a bound of all plans, and strategies that cannot win.
 
-What a plan costs is a sum over its choices, its links (the conversions of one tensor) and its buckets. Amounts are moved between
-these parts in a way that leaves every plan's sum as it was (block-coordinate ascent on the dual of the linear relaxation;
-Kolmogorov 2015, "A new look at reweighted message passing for probabilistic energy minimization"). The least of each part then adds
-up to a bound that no plan beats; with one strategy held fixed it bounds the plans that use it, and if that exceeds what a plan
-already found costs, the strategy goes. Plans are found along the way, choice by choice, each the best in view of the bounds.
-
-Whether a bucket is paid is decided by branching; a memory limit enters as a price per byte (a Lagrange multiplier), for any value
-of which the bounds hold.
+Plans are made in view of the bounds (`autotp.bounds`), choice by choice; a strategy whose bound exceeds what a plan already found
+costs goes. Whether a bucket is paid, and whether a choice takes few or many bytes, is decided by branching, always where the bound is
+lowest; the price per byte of a memory limit is searched.
 """
 
 from __future__ import annotations
 
-import copy
 import heapq
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, reduce
 from itertools import count
 
 import numpy
-from numpy.typing import NDArray
 
-from autotp.problem import Link, Problem, bytes_of, seconds_of
+from autotp.bounds import TIE, Ascent, Index, Mask, State
+from autotp.problem import Problem, bytes_of, seconds_of
 
-Vector = NDArray[numpy.float64]
-Index = NDArray[numpy.int64]
-Mask = NDArray[numpy.bool_]
-
-IMPOSSIBLE = 1e9
-"""Seconds in place of infinity, so that differences stay numbers."""
-TIE = 1e-13
-"""Seconds added per strategy number, so that equal plans are resolved in favour of the first listed."""
-SHARERS = 4
-"""Consumers whose shared conversions are bounded together; more are bounded in groups, each with its part of the price."""
 SWEEPS = 6
 """Sweeps there and back over the choices between two looks at the bound."""
 FIRST_PRICES, PRICES = 12, 4
@@ -75,315 +57,6 @@ def presolve(problem: Problem, gap: float, time_limit: float) -> Presolved:
     return Presolved(reduced, search.chosen, search.bound - ties)
 
 
-# ---- the parts of a problem -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Star:
-    """Conversions of one tensor for up to `SHARERS` consumers.
-
-    Attributes:
-        seconds, bytes: price of every pair (layout made, layout wanted).
-        ends: the choices that it joins, the producer first.
-        at: for each end, the place of each strategy's layout in the rows (producer) or columns (consumers).
-        offered: for each end, the places that occur.
-    """
-
-    seconds: Vector
-    bytes: Vector
-    ends: tuple[int, ...]
-    at: tuple[Index, ...]
-    offered: tuple[Index, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Merged:
-    """A bucket: its seconds, and the conversions (star, pairs) of which any one makes it due."""
-
-    seconds: float
-    members: tuple[tuple[int, Mask], ...]
-
-
-def _stars(problem: Problem, allowed: Sequence[Index]) -> tuple[list[_Star], list[list[int]]]:
-    """The stars of all links, and for each link the numbers of its stars."""
-    stars: list[_Star] = []
-    of_link: list[list[int]] = []
-    for number, link in enumerate(problem.links):
-        chunks = [link.consumers[start : start + SHARERS] for start in range(0, len(link.consumers), SHARERS)]
-        of_link.append(list(range(len(stars), len(stars) + len(chunks))))
-        for chunk in chunks:
-            stars.append(_star(problem, allowed, number, link, chunk, len(chunks)))
-    return stars, of_link
-
-
-def _star(
-    problem: Problem,
-    allowed: Sequence[Index],
-    number: int,
-    link: Link,
-    consumers: Sequence[tuple[int, tuple[int, ...]]],
-    parts: int,
-) -> _Star:
-    ends = ((link.producer, link.made), *consumers)
-    layouts = [[of[s] for s in allowed[choice]] for choice, of in ends]
-    rows = {layout: place for place, layout in enumerate(dict.fromkeys(layouts[0]))}
-    columns = {layout: place for place, layout in enumerate(dict.fromkeys(layout for one in layouts[1:] for layout in one))}
-    seconds, size = numpy.full((len(rows), len(columns)), IMPOSSIBLE), numpy.zeros((len(rows), len(columns)))
-    for made, row in rows.items():
-        for wanted, column in columns.items():
-            if made == wanted:
-                seconds[row, column] = 0.0
-            elif (made, wanted) in link.seconds:
-                seconds[row, column] = link.seconds[made, wanted] / parts
-                size[row, column] = problem.memory.converted.get((number, made, wanted), 0.0) / parts
-    at = tuple(
-        numpy.array([places[layout] for layout in one], dtype=numpy.int64)
-        for places, one in zip([rows, *[columns] * len(consumers)], layouts, strict=True)
-    )
-    return _Star(seconds, size, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at))
-
-
-def _merged(problem: Problem, stars: Sequence[_Star], of_link: Sequence[Sequence[int]], allowed: Sequence[Index]) -> list[_Merged]:
-    """Every bucket, with those of its members that have one consumer; leaving members out keeps the bound a bound."""
-    found = []
-    for bucket in problem.buckets:
-        pairs: dict[int, list[tuple[int, int]]] = {}
-        for number, made, wanted in bucket.members:
-            if len(problem.links[number].consumers) == 1:
-                pairs.setdefault(number, []).append((made, wanted))
-        members = []
-        for number, wanted_pairs in pairs.items():
-            link, star = problem.links[number], stars[of_link[number][0]]
-            rows = dict(zip((link.made[s] for s in allowed[link.producer]), star.at[0].tolist(), strict=True))
-            choice, layouts = link.consumers[0]
-            columns = dict(zip((layouts[s] for s in allowed[choice]), star.at[1].tolist(), strict=True))
-            mask = numpy.zeros(star.seconds.shape, dtype=bool)
-            for made, wanted in wanted_pairs:
-                if made in rows and wanted in columns:
-                    mask[rows[made], columns[wanted]] = True
-            if mask.any():
-                members.append((of_link[number][0], mask))
-        found.append(_Merged(bucket.seconds, tuple(members)))
-    return found
-
-
-@cache
-def _groups(items: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """Every nonempty subset, smaller ones first, with what is left of `items`."""
-    found: list[tuple[int, ...]] = [()]
-    for item in items:
-        found += [(*subset, item) for subset in found]
-    ordered = sorted(found, key=len)
-    return tuple((subset, tuple(item for item in items if item not in subset)) for subset in ordered if subset)
-
-
-def _least(price: Vector, parts: Sequence[Vector], end: int) -> Vector:
-    """The least that a star costs for every layout of one end, whatever the others are; `parts[end]` is left out.
-
-    Consumers that want the same layout share its conversion: the others are parted into groups that share one.
-    """
-    others = tuple(number for number in range(1, len(parts)) if number != end)
-    together = {group: (price + _sum(parts, group)).min(1) for group, _ in _groups(others)}
-    best: dict[tuple[int, ...], Vector] = {(): numpy.zeros(len(price))}
-    for group, _ in _groups(others):
-        best[group] = reduce(
-            numpy.minimum, (together[first] + best[rest] for first, rest in _groups(group) if first[0] == group[0])
-        )
-    if end == 0:
-        return best[others]
-    found: Vector = (price + (parts[0] + best[others])[:, None]).min(0)
-    for group, rest in _groups(others):  # these share this end's conversion
-        found = numpy.minimum(found, (price + (parts[0] + best[rest])[:, None]).min(0) + _sum(parts, group))
-    return found
-
-
-def _sum(parts: Sequence[Vector], numbers: tuple[int, ...]) -> Vector:
-    total: Vector = reduce(numpy.add, (parts[number] for number in numbers))
-    return total
-
-
-# ---- the ascent -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _State:
-    """What has been moved: from every star to each of its ends (by layout), and from every bucket to its members.
-
-    `due` says of a bucket that it is paid (True), that its members are forbidden (False), or neither (None).
-    """
-
-    moved: list[list[Vector]]
-    paid: list[list[float]]
-    due: list[bool | None]
-
-    def copy(self) -> _State:
-        """The same, to be changed on its own."""
-        return _State([[one.copy() for one in ends] for ends in self.moved], [list(row) for row in self.paid], list(self.due))
-
-
-class _Ascent:
-    """A problem's parts at one price per byte, and the moves between them."""
-
-    def __init__(self, problem: Problem, allowed: Sequence[Index]) -> None:
-        self.problem, self.allowed = problem, allowed
-        self.stars, of_link = _stars(problem, allowed)
-        self.buckets = _merged(problem, self.stars, of_link, allowed)
-        self.ends_of: list[list[tuple[int, int]]] = [[] for _ in allowed]
-        for number, star in enumerate(self.stars):
-            for end, choice in enumerate(star.ends):
-                self.ends_of[choice].append((number, end))
-        self.onward, self.backward = self._neighbours(1), self._neighbours(-1)
-        self.seconds = [
-            numpy.array([choice.seconds[s] for s in some]) + TIE * some for choice, some in zip(problem.choices, allowed, strict=True)
-        ]
-        memory = problem.memory
-        self.bytes = [numpy.array([held[s] for s in some]) for held, some in zip(memory.held, allowed, strict=True)]
-        for keep in memory.keeps:  # held once, whoever keeps it: each keeper has its part
-            for number, kept in keep.wanted:
-                self.bytes[number] = self.bytes[number] + numpy.isin(allowed[number], kept) * (keep.bytes / len(keep.wanted))
-        working = zip(memory.working, allowed, strict=True)
-        self.least_working = max((min(row[s] for s in some) for row, some in working), default=0.0)
-        self.per_byte = 0.0
-        self.barred: dict[int, Mask] = {}
-        self.set_prices()
-
-    def at(self, per_byte: float, barred: dict[int, Mask]) -> _Ascent:
-        """The same parts at another price per byte, without the strategies barred of some choices."""
-        other = copy.copy(self)
-        other.per_byte, other.barred = per_byte, barred
-        other.set_prices()
-        return other
-
-    def set_prices(self) -> None:
-        """Seconds of choices and conversions, with what their bytes cost."""
-        self.price = [star.seconds + self.per_byte * star.bytes if star.bytes.any() else star.seconds for star in self.stars]
-        self.own = [
-            seconds + self.per_byte * size + IMPOSSIBLE * self.barred[choice] if choice in self.barred else seconds + self.per_byte * size
-            for choice, (seconds, size) in enumerate(zip(self.seconds, self.bytes, strict=True))
-        ]
-        limit = self.problem.limit
-        self.constant = self.per_byte * (self.least_working - limit) if limit is not None else 0.0
-
-    def _neighbours(self, sign: int) -> list[list[tuple[int, int]]]:
-        """For every choice, its stars that reach a choice which comes later (earlier, for sign -1)."""
-        return [
-            [(number, end) for number, end in ends if any(sign * other > sign * choice for other in self.stars[number].ends)]
-            for choice, ends in enumerate(self.ends_of)
-        ]
-
-    def start(self) -> _State:
-        """Nothing moved yet; what an end does not offer is impossible for it."""
-        moved = []
-        for star in self.stars:
-            rows, columns = star.seconds.shape
-            ends = [numpy.full(rows if end == 0 else columns, -IMPOSSIBLE) for end in range(len(star.ends))]
-            for one, offered in zip(ends, star.offered, strict=True):
-                one[offered] = 0.0
-            moved.append(ends)
-        return _State(moved, [[0.0] * len(bucket.members) for bucket in self.buckets], [None] * len(self.buckets))
-
-    def prices(self, state: _State) -> list[Vector]:
-        """The price of every star's pairs, with what buckets have moved there."""
-        prices = list(self.price)
-        for bucket, paid, due in zip(self.buckets, state.paid, state.due, strict=True):
-            for (number, mask), amount in zip(bucket.members, paid, strict=True):
-                extra = 0.0 if due else IMPOSSIBLE if due is False else amount
-                if extra:
-                    prices[number] = prices[number] + extra * mask
-        return prices
-
-    def total(self, state: _State, choice: int) -> Vector:
-        """What each strategy of a choice costs with all that was moved there."""
-        found: Vector = self.own[choice].copy()
-        for number, end in self.ends_of[choice]:
-            found += state.moved[number][end][self.stars[number].at[end]]
-        return found
-
-    def collect(self, state: _State, prices: Sequence[Vector], choice: int) -> None:
-        """Move to a choice the least that its stars cost with each of its strategies."""
-        for number, end in self.ends_of[choice]:
-            moved = state.moved[number]
-            offered = self.stars[number].offered[end]
-            gained = _least(prices[number], [-one for one in moved], end) - moved[end]
-            moved[end][offered] += gained[offered]
-
-    def hand_on(self, state: _State, choice: int, links: Sequence[tuple[int, int]], share: int) -> None:
-        """Move to each of some stars a part, 1 / share, of what a choice costs."""
-        total = self.total(state, choice)
-        for number, end in links:
-            star = self.stars[number]
-            by_layout = numpy.full(len(state.moved[number][end]), numpy.inf)
-            numpy.minimum.at(by_layout, star.at[end], total)
-            state.moved[number][end][star.offered[end]] -= by_layout[star.offered[end]] / share
-
-    def sweep(self, state: _State) -> None:
-        """One pass over the choices there, one back, one over the buckets."""
-        prices = self.prices(state)
-        for order, links, others in ((1, self.onward, self.backward), (-1, self.backward, self.onward)):
-            for choice in range(len(self.own))[::order]:
-                self.collect(state, prices, choice)
-                self.hand_on(state, choice, links[choice], max(len(links[choice]), len(others[choice]), 1))
-        for number, bucket in enumerate(self.buckets):
-            if state.due[number] is None:
-                self.share_out(state, bucket, state.paid[number])
-
-    def share_out(self, state: _State, bucket: _Merged, paid: list[float]) -> None:
-        """Let those members pay for a bucket that would use it nevertheless."""
-        for place, (number, mask) in enumerate(bucket.members):
-            star, moved = self.stars[number], state.moved[number]
-            for end, choice in enumerate(star.ends):
-                self.hand_on(state, choice, [(number, end)], 1)
-            table = self.price[number] + paid[place] * mask - moved[0][:, None] - moved[1][None, :]
-            otherwise = table[~mask].min() if not mask.all() else IMPOSSIBLE
-            gain = float(otherwise - table[mask].min())
-            paid[place] += min(gain, bucket.seconds - sum(paid)) if gain > 0 else -min(paid[place], -gain)
-
-    def least_of(self, state: _State, prices: Sequence[Vector], number: int) -> float:
-        """The least that is left on a star."""
-        parts = [-one for one in state.moved[number]]
-        return float((parts[0] + _least(prices[number], parts, 0)).min())
-
-    def bound(self, state: _State) -> float:
-        """No plan costs less."""
-        prices = self.prices(state)
-        found = self.constant + sum(float(self.total(state, choice).min()) for choice in range(len(self.own)))
-        found += sum(self.least_of(state, prices, number) for number in range(len(self.stars)))
-        return found + sum(bucket.seconds for bucket, due in zip(self.buckets, state.due, strict=True) if due)
-
-    def bounds(self, state: _State, found: float) -> list[Vector]:
-        """For every choice, the bound with each of its strategies held fixed; `found` is the bound as it is. Changes the state."""
-        prices = self.prices(state)
-        result = []
-        for choice in range(len(self.own)):
-            stars = {number for number, _ in self.ends_of[choice]}
-            before = float(self.total(state, choice).min()) + sum(self.least_of(state, prices, number) for number in stars)
-            self.collect(state, prices, choice)
-            total = self.total(state, choice)
-            found += float(total.min()) + sum(self.least_of(state, prices, number) for number in stars) - before
-            result.append(found - total.min() + total)
-        return result
-
-    def plan(self, state: _State, order: Sequence[int]) -> list[int]:
-        """Places of strategies: choice by choice, the best in view of what is chosen already and of the bounds for what is not."""
-        prices = self.prices(state)
-        fixed: dict[int, int] = {}
-        for choice in order:
-            cost = self.own[choice].copy()
-            for number, end in self.ends_of[choice]:
-                star, parts = self.stars[number], [-one for one in state.moved[number]]
-                for other, owner in enumerate(star.ends):
-                    if owner in fixed:
-                        place = star.at[other][fixed[owner]]
-                        parts[other] = numpy.full(len(parts[other]), IMPOSSIBLE)
-                        parts[other][place] = 0.0
-                cost += _least(prices[number], parts, end)[star.at[end]]
-            fixed[choice] = int(cost.argmin())
-        return [fixed[choice] for choice in range(len(self.own))]
-
-
-# ---- the search -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Search:
     """Prices per byte first, then branching on buckets, with the best plan and the bound so far."""
@@ -403,7 +76,7 @@ class _Search:
 
     def run(self) -> None:
         """Find bound and plan, and leave out what cannot win."""
-        ascent = _Ascent(self.problem, self.allowed)
+        ascent = Ascent(self.problem, self.allowed)
         state = ascent.start()
         self.bound = self.climb(ascent, state)
         if self.problem.limit is not None and not self.closed(self.bound):
@@ -419,7 +92,7 @@ class _Search:
         """Whether the time is up."""
         return time.monotonic() > self.deadline
 
-    def climb(self, ascent: _Ascent, state: _State) -> float:
+    def climb(self, ascent: Ascent, state: State) -> float:
         """Raise the bound of a state until that no longer pays, making plans on the way."""
         found = -numpy.inf
         while True:
@@ -432,7 +105,7 @@ class _Search:
             if found - before <= max(PROGRESS * (self.seconds - found) if self.chosen else 0.0, 1e-6 * abs(found)):
                 return found
 
-    def offer(self, ascent: _Ascent, state: _State) -> float:
+    def offer(self, ascent: Ascent, state: State) -> float:
         """Make plans from a state and keep the best; bytes of the last one."""
         order, size = range(len(self.allowed)), 0.0
         for one in (order, order[::-1]):
@@ -448,8 +121,8 @@ class _Search:
         return (self.bound + spread) / max(self.problem.limit or 0.0, 1.0)
 
     def tune(
-        self, bound: float, ascent: _Ascent, state: _State, price: float, tries: int
-    ) -> tuple[float, _Ascent, _State]:
+        self, bound: float, ascent: Ascent, state: State, price: float, tries: int
+    ) -> tuple[float, Ascent, State]:
         """The price per byte with the best bound: bisected between prices at which the plan is too large and at which it fits."""
         limit = self.problem.limit
         assert limit is not None
@@ -471,7 +144,7 @@ class _Search:
             price = price * step if high == numpy.inf else (low * high) ** 0.5 if low else high / step
         return best
 
-    def drop(self, ascent: _Ascent, state: _State) -> None:
+    def drop(self, ascent: Ascent, state: State) -> None:
         """Leave out the strategies whose bound exceeds the plan found."""
         if self.chosen is None:
             return
@@ -480,7 +153,7 @@ class _Search:
             keep = (bounds <= self.seconds * (1 + 1e-9)) | (strategies == self.chosen[choice])
             self.kept[choice] = strategies[keep]
 
-    def branch(self, ascent: _Ascent, state: _State) -> None:
+    def branch(self, ascent: Ascent, state: State) -> None:
         """Decide what the bound knows least of, always in the branch with the lowest bound."""
         numbers = count()
         heap = [(self.bound, next(numbers), ascent, state)]
@@ -498,7 +171,7 @@ class _Search:
                     found, child, start = self.tune(found, child, start, child.per_byte * 1.4, PRICES)
                 heapq.heappush(heap, (found, next(numbers), child, start))
 
-    def children(self, bound: float, ascent: _Ascent, state: _State) -> list[tuple[_Ascent, _State]]:
+    def children(self, bound: float, ascent: Ascent, state: State) -> list[tuple[Ascent, State]]:
         """The state with a bucket paid or not, or with a choice held to few or to many bytes; none if nothing is worth it."""
         missing, bucket = self.undecided_bucket(ascent, state)
         spread, choice, few = self.undecided_bytes(bound, ascent, state)
@@ -514,7 +187,7 @@ class _Search:
         barred = ascent.barred.get(choice, numpy.zeros(len(few), dtype=bool))
         return [(ascent.at(ascent.per_byte, {**ascent.barred, choice: barred | mask}), state.copy()) for mask in (few, ~few)]
 
-    def undecided_bucket(self, ascent: _Ascent, state: _State) -> tuple[float, int]:
+    def undecided_bucket(self, ascent: Ascent, state: State) -> tuple[float, int]:
         """The bucket with the largest part of its price that no member pays; that part and its number."""
         open_ = [
             (bucket.seconds - sum(paid), number)
@@ -523,7 +196,7 @@ class _Search:
         ]
         return max(open_, default=(0.0, -1))
 
-    def undecided_bytes(self, bound: float, ascent: _Ascent, state: _State) -> tuple[float, int, Mask]:
+    def undecided_bytes(self, bound: float, ascent: Ascent, state: State) -> tuple[float, int, Mask]:
         """The choice whose strategies that can still win differ most in bytes: their price, the choice, and which have few."""
         best = (0.0, -1, numpy.zeros(0, dtype=bool))
         if not ascent.per_byte:

@@ -8,7 +8,7 @@ from random import Random
 import numpy
 import pytest
 
-from autotp import presolve as module
+from autotp import bounds
 from autotp.presolve import presolve
 from autotp.problem import Bucket, Choice, Keep, Link, Memory, Problem, bytes_of, seconds_of
 from autotp.solve import solve
@@ -92,7 +92,7 @@ def test_shared_conversions_are_paid_once() -> None:
 
 
 def test_many_sharers_are_bounded_in_groups() -> None:
-    count = module.SHARERS + 2
+    count = bounds.SHARERS + 2
     choices = (Choice("p", (0.0,), (0,)), *(Choice(f"c{i}", (0.0,), (0,)) for i in range(count)))
     link = Link("t", 0, (0,), tuple((i + 1, (1,)) for i in range(count)), {(0, 1): 1e-3})
     nothing = Memory(((0.0,),) * (count + 1), {}, (), ((0.0,),) * (count + 1))
@@ -108,7 +108,7 @@ def test_a_bound_that_is_too_high_would_be_seen(monkeypatch: pytest.MonkeyPatch)
             return numpy.sum(others, 0)
         return (price + (parts[0] + numpy.sum(others, 0))[:, None]).min(0)
 
-    monkeypatch.setattr(module, "_least", alone)
+    monkeypatch.setattr(bounds, "_least", alone)
     wrong = 0
     for seed in range(12):
         problem = random_problem(seed)

@@ -1,0 +1,337 @@
+"""Bounds of all plans: amounts are moved between the parts of a planning problem until the least of each part adds up to much.
+
+What a plan costs is a sum over its choices, its links (the conversions of one tensor) and its buckets. Moving amounts between these
+leaves every plan's sum as it was (block-coordinate ascent on the dual of the linear relaxation; Kolmogorov 2015, "A new look at
+reweighted message passing for probabilistic energy minimization"). The least of each part then adds up to a bound that no plan beats;
+with one strategy held fixed it bounds the plans that use it. A memory limit enters as a price per byte (a Lagrange multiplier), for
+any value of which the bounds hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, reduce
+
+import numpy
+from numpy.typing import NDArray
+
+from autotp.problem import Link, Problem
+
+Vector = NDArray[numpy.float64]
+Index = NDArray[numpy.int64]
+Mask = NDArray[numpy.bool_]
+
+IMPOSSIBLE = 1e9
+"""Seconds in place of infinity, so that differences stay numbers."""
+TIE = 1e-13
+"""Seconds added per strategy number, so that equal plans are resolved in favour of the first listed."""
+SHARERS = 4
+"""Consumers whose shared conversions are bounded together; more are bounded in groups, each with its part of the price."""
+
+
+# ---- the parts of a problem -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Star:
+    """Conversions of one tensor for up to `SHARERS` consumers.
+
+    Attributes:
+        seconds, bytes: price of every pair (layout made, layout wanted).
+        ends: the choices that it joins, the producer first.
+        at: for each end, the place of each strategy's layout in the rows (producer) or columns (consumers).
+        offered: for each end, the places that occur.
+    """
+
+    seconds: Vector
+    bytes: Vector
+    ends: tuple[int, ...]
+    at: tuple[Index, ...]
+    offered: tuple[Index, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Merged:
+    """A bucket: its seconds, and the conversions (star, pairs) of which any one makes it due."""
+
+    seconds: float
+    members: tuple[tuple[int, Mask], ...]
+
+
+def _stars(problem: Problem, allowed: Sequence[Index]) -> tuple[list[_Star], list[list[int]]]:
+    """The stars of all links, and for each link the numbers of its stars."""
+    stars: list[_Star] = []
+    of_link: list[list[int]] = []
+    for number, link in enumerate(problem.links):
+        chunks = [link.consumers[start : start + SHARERS] for start in range(0, len(link.consumers), SHARERS)]
+        of_link.append(list(range(len(stars), len(stars) + len(chunks))))
+        for chunk in chunks:
+            stars.append(_star(problem, allowed, number, link, chunk, len(chunks)))
+    return stars, of_link
+
+
+def _star(
+    problem: Problem,
+    allowed: Sequence[Index],
+    number: int,
+    link: Link,
+    consumers: Sequence[tuple[int, tuple[int, ...]]],
+    parts: int,
+) -> _Star:
+    ends = ((link.producer, link.made), *consumers)
+    layouts = [[of[s] for s in allowed[choice]] for choice, of in ends]
+    rows = {layout: place for place, layout in enumerate(dict.fromkeys(layouts[0]))}
+    columns = {layout: place for place, layout in enumerate(dict.fromkeys(layout for one in layouts[1:] for layout in one))}
+    seconds, size = numpy.full((len(rows), len(columns)), IMPOSSIBLE), numpy.zeros((len(rows), len(columns)))
+    for made, row in rows.items():
+        for wanted, column in columns.items():
+            if made == wanted:
+                seconds[row, column] = 0.0
+            elif (made, wanted) in link.seconds:
+                seconds[row, column] = link.seconds[made, wanted] / parts
+                size[row, column] = problem.memory.converted.get((number, made, wanted), 0.0) / parts
+    at = tuple(
+        numpy.array([places[layout] for layout in one], dtype=numpy.int64)
+        for places, one in zip([rows, *[columns] * len(consumers)], layouts, strict=True)
+    )
+    return _Star(seconds, size, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at))
+
+
+def _merged(problem: Problem, stars: Sequence[_Star], of_link: Sequence[Sequence[int]], allowed: Sequence[Index]) -> list[_Merged]:
+    """Every bucket, with those of its members that have one consumer; leaving members out keeps the bound a bound."""
+    found = []
+    for bucket in problem.buckets:
+        pairs: dict[int, list[tuple[int, int]]] = {}
+        for number, made, wanted in bucket.members:
+            if len(problem.links[number].consumers) == 1:
+                pairs.setdefault(number, []).append((made, wanted))
+        members = []
+        for number, wanted_pairs in pairs.items():
+            link, star = problem.links[number], stars[of_link[number][0]]
+            rows = dict(zip((link.made[s] for s in allowed[link.producer]), star.at[0].tolist(), strict=True))
+            choice, layouts = link.consumers[0]
+            columns = dict(zip((layouts[s] for s in allowed[choice]), star.at[1].tolist(), strict=True))
+            mask = numpy.zeros(star.seconds.shape, dtype=bool)
+            for made, wanted in wanted_pairs:
+                if made in rows and wanted in columns:
+                    mask[rows[made], columns[wanted]] = True
+            if mask.any():
+                members.append((of_link[number][0], mask))
+        found.append(_Merged(bucket.seconds, tuple(members)))
+    return found
+
+
+@cache
+def _groups(items: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """Every nonempty subset, smaller ones first, with what is left of `items`."""
+    found: list[tuple[int, ...]] = [()]
+    for item in items:
+        found += [(*subset, item) for subset in found]
+    ordered = sorted(found, key=len)
+    return tuple((subset, tuple(item for item in items if item not in subset)) for subset in ordered if subset)
+
+
+def _least(price: Vector, parts: Sequence[Vector], end: int) -> Vector:
+    """The least that a star costs for every layout of one end, whatever the others are; `parts[end]` is left out.
+
+    Consumers that want the same layout share its conversion: the others are parted into groups that share one.
+    """
+    others = tuple(number for number in range(1, len(parts)) if number != end)
+    together = {group: (price + _sum(parts, group)).min(1) for group, _ in _groups(others)}
+    best: dict[tuple[int, ...], Vector] = {(): numpy.zeros(len(price))}
+    for group, _ in _groups(others):
+        best[group] = reduce(
+            numpy.minimum, (together[first] + best[rest] for first, rest in _groups(group) if first[0] == group[0])
+        )
+    if end == 0:
+        return best[others]
+    found: Vector = (price + (parts[0] + best[others])[:, None]).min(0)
+    for group, rest in _groups(others):  # these share this end's conversion
+        found = numpy.minimum(found, (price + (parts[0] + best[rest])[:, None]).min(0) + _sum(parts, group))
+    return found
+
+
+def _sum(parts: Sequence[Vector], numbers: tuple[int, ...]) -> Vector:
+    total: Vector = reduce(numpy.add, (parts[number] for number in numbers))
+    return total
+
+
+# ---- the ascent -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """What has been moved: from every star to each of its ends (by layout), and from every bucket to its members.
+
+    `due` says of a bucket that it is paid (True), that its members are forbidden (False), or neither (None).
+    """
+
+    moved: list[list[Vector]]
+    paid: list[list[float]]
+    due: list[bool | None]
+
+    def copy(self) -> State:
+        """The same, to be changed on its own."""
+        return State([[one.copy() for one in ends] for ends in self.moved], [list(row) for row in self.paid], list(self.due))
+
+
+class Ascent:
+    """A problem's parts at one price per byte, and the moves between them."""
+
+    def __init__(self, problem: Problem, allowed: Sequence[Index]) -> None:
+        self.problem, self.allowed = problem, allowed
+        self.stars, of_link = _stars(problem, allowed)
+        self.buckets = _merged(problem, self.stars, of_link, allowed)
+        self.ends_of: list[list[tuple[int, int]]] = [[] for _ in allowed]
+        for number, star in enumerate(self.stars):
+            for end, choice in enumerate(star.ends):
+                self.ends_of[choice].append((number, end))
+        self.onward, self.backward = self._neighbours(1), self._neighbours(-1)
+        self.seconds = [
+            numpy.array([choice.seconds[s] for s in some]) + TIE * some for choice, some in zip(problem.choices, allowed, strict=True)
+        ]
+        memory = problem.memory
+        self.bytes = [numpy.array([held[s] for s in some]) for held, some in zip(memory.held, allowed, strict=True)]
+        for keep in memory.keeps:  # held once, whoever keeps it: each keeper has its part
+            for number, kept in keep.wanted:
+                self.bytes[number] = self.bytes[number] + numpy.isin(allowed[number], kept) * (keep.bytes / len(keep.wanted))
+        working = zip(memory.working, allowed, strict=True)
+        self.least_working = max((min(row[s] for s in some) for row, some in working), default=0.0)
+        self.per_byte = 0.0
+        self.barred: dict[int, Mask] = {}
+        self.set_prices()
+
+    def at(self, per_byte: float, barred: dict[int, Mask]) -> Ascent:
+        """The same parts at another price per byte, without the strategies barred of some choices."""
+        other = copy.copy(self)
+        other.per_byte, other.barred = per_byte, barred
+        other.set_prices()
+        return other
+
+    def set_prices(self) -> None:
+        """Seconds of choices and conversions, with what their bytes cost."""
+        self.price = [star.seconds + self.per_byte * star.bytes if star.bytes.any() else star.seconds for star in self.stars]
+        self.own = [
+            seconds + self.per_byte * size + IMPOSSIBLE * self.barred[choice] if choice in self.barred else seconds + self.per_byte * size
+            for choice, (seconds, size) in enumerate(zip(self.seconds, self.bytes, strict=True))
+        ]
+        limit = self.problem.limit
+        self.constant = self.per_byte * (self.least_working - limit) if limit is not None else 0.0
+
+    def _neighbours(self, sign: int) -> list[list[tuple[int, int]]]:
+        """For every choice, its stars that reach a choice which comes later (earlier, for sign -1)."""
+        return [
+            [(number, end) for number, end in ends if any(sign * other > sign * choice for other in self.stars[number].ends)]
+            for choice, ends in enumerate(self.ends_of)
+        ]
+
+    def start(self) -> State:
+        """Nothing moved yet; what an end does not offer is impossible for it."""
+        moved = []
+        for star in self.stars:
+            rows, columns = star.seconds.shape
+            ends = [numpy.full(rows if end == 0 else columns, -IMPOSSIBLE) for end in range(len(star.ends))]
+            for one, offered in zip(ends, star.offered, strict=True):
+                one[offered] = 0.0
+            moved.append(ends)
+        return State(moved, [[0.0] * len(bucket.members) for bucket in self.buckets], [None] * len(self.buckets))
+
+    def prices(self, state: State) -> list[Vector]:
+        """The price of every star's pairs, with what buckets have moved there."""
+        prices = list(self.price)
+        for bucket, paid, due in zip(self.buckets, state.paid, state.due, strict=True):
+            for (number, mask), amount in zip(bucket.members, paid, strict=True):
+                extra = 0.0 if due else IMPOSSIBLE if due is False else amount
+                if extra:
+                    prices[number] = prices[number] + extra * mask
+        return prices
+
+    def total(self, state: State, choice: int) -> Vector:
+        """What each strategy of a choice costs with all that was moved there."""
+        found: Vector = self.own[choice].copy()
+        for number, end in self.ends_of[choice]:
+            found += state.moved[number][end][self.stars[number].at[end]]
+        return found
+
+    def collect(self, state: State, prices: Sequence[Vector], choice: int) -> None:
+        """Move to a choice the least that its stars cost with each of its strategies."""
+        for number, end in self.ends_of[choice]:
+            moved = state.moved[number]
+            offered = self.stars[number].offered[end]
+            gained = _least(prices[number], [-one for one in moved], end) - moved[end]
+            moved[end][offered] += gained[offered]
+
+    def hand_on(self, state: State, choice: int, links: Sequence[tuple[int, int]], share: int) -> None:
+        """Move to each of some stars a part, 1 / share, of what a choice costs."""
+        total = self.total(state, choice)
+        for number, end in links:
+            star = self.stars[number]
+            by_layout = numpy.full(len(state.moved[number][end]), numpy.inf)
+            numpy.minimum.at(by_layout, star.at[end], total)
+            state.moved[number][end][star.offered[end]] -= by_layout[star.offered[end]] / share
+
+    def sweep(self, state: State) -> None:
+        """One pass over the choices there, one back, one over the buckets."""
+        prices = self.prices(state)
+        for order, links, others in ((1, self.onward, self.backward), (-1, self.backward, self.onward)):
+            for choice in range(len(self.own))[::order]:
+                self.collect(state, prices, choice)
+                self.hand_on(state, choice, links[choice], max(len(links[choice]), len(others[choice]), 1))
+        for number, bucket in enumerate(self.buckets):
+            if state.due[number] is None:
+                self.share_out(state, bucket, state.paid[number])
+
+    def share_out(self, state: State, bucket: _Merged, paid: list[float]) -> None:
+        """Let those members pay for a bucket that would use it nevertheless."""
+        for place, (number, mask) in enumerate(bucket.members):
+            star, moved = self.stars[number], state.moved[number]
+            for end, choice in enumerate(star.ends):
+                self.hand_on(state, choice, [(number, end)], 1)
+            table = self.price[number] + paid[place] * mask - moved[0][:, None] - moved[1][None, :]
+            otherwise = table[~mask].min() if not mask.all() else IMPOSSIBLE
+            gain = float(otherwise - table[mask].min())
+            paid[place] += min(gain, bucket.seconds - sum(paid)) if gain > 0 else -min(paid[place], -gain)
+
+    def least_of(self, state: State, prices: Sequence[Vector], number: int) -> float:
+        """The least that is left on a star."""
+        parts = [-one for one in state.moved[number]]
+        return float((parts[0] + _least(prices[number], parts, 0)).min())
+
+    def bound(self, state: State) -> float:
+        """No plan costs less."""
+        prices = self.prices(state)
+        found = self.constant + sum(float(self.total(state, choice).min()) for choice in range(len(self.own)))
+        found += sum(self.least_of(state, prices, number) for number in range(len(self.stars)))
+        return found + sum(bucket.seconds for bucket, due in zip(self.buckets, state.due, strict=True) if due)
+
+    def bounds(self, state: State, found: float) -> list[Vector]:
+        """For every choice, the bound with each of its strategies held fixed; `found` is the bound as it is. Changes the state."""
+        prices = self.prices(state)
+        result = []
+        for choice in range(len(self.own)):
+            stars = {number for number, _ in self.ends_of[choice]}
+            before = float(self.total(state, choice).min()) + sum(self.least_of(state, prices, number) for number in stars)
+            self.collect(state, prices, choice)
+            total = self.total(state, choice)
+            found += float(total.min()) + sum(self.least_of(state, prices, number) for number in stars) - before
+            result.append(found - total.min() + total)
+        return result
+
+    def plan(self, state: State, order: Sequence[int]) -> list[int]:
+        """Places of strategies: choice by choice, the best in view of what is chosen already and of the bounds for what is not."""
+        prices = self.prices(state)
+        fixed: dict[int, int] = {}
+        for choice in order:
+            cost = self.own[choice].copy()
+            for number, end in self.ends_of[choice]:
+                star, parts = self.stars[number], [-one for one in state.moved[number]]
+                for other, owner in enumerate(star.ends):
+                    if owner in fixed:
+                        place = star.at[other][fixed[owner]]
+                        parts[other] = numpy.full(len(parts[other]), IMPOSSIBLE)
+                        parts[other][place] = 0.0
+                cost += _least(prices[number], parts, end)[star.at[end]]
+            fixed[choice] = int(cost.argmin())
+        return [fixed[choice] for choice in range(len(self.own))]
