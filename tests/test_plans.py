@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from autotp.errors import AutotpError
 from autotp.layouts import Layout, Segment, Split, plain_cut
@@ -96,3 +97,13 @@ def test_missing_and_unwritable_files(tmp_path: Path) -> None:
         Plan.load(tmp_path / "missing.yaml")
     with pytest.raises(AutotpError, match="cannot write"):
         write_whole(tmp_path / "no" / "folder.yaml", "x")
+
+
+def test_an_axis_that_splits_nothing_is_said() -> None:
+    model, inputs = torch.nn.Linear(2, 2), torch.ones(1, 2)  # too small for communication to pay
+    plan = make_plan(trace(model, (inputs,)), Request({"dp": 2, "tp": 2}), load_cluster("dgx-h100"), "tiny")
+    assert [note for note in plan.notes if "splits nothing" in note] == [
+        f"mesh axis {name} splits nothing here: with 2 times fewer devices a step takes as long." for name in ("dp", "tp")
+    ]
+    split = make_plan(trace(model, (inputs,)), Request({"tp": 2}, pins={"": "column"}), load_cluster("dgx-h100"), "tiny")
+    assert not [note for note in split.notes if "splits nothing" in note]

@@ -1,0 +1,50 @@
+"""Plans within a limit, where the problem's estimate is not what a walk through the plan finds."""
+
+from __future__ import annotations
+
+import pytest
+
+from autotp.memory_limit import solve_within
+from autotp.plans import MemoryUse
+from autotp.problem import Problem, bytes_of, seconds_of
+from autotp.solve import OutOfMemoryError, Solution
+from tests.test_solve import every_choice, random_problem
+
+
+def peak(problem: Problem, chosen: tuple[int, ...], factor: float) -> float:
+    """What a walk finds: `factor` times the estimate, and now and then some more."""
+    return factor * bytes_of(problem, chosen) + 1e7 * (sum(chosen) % 3)
+
+
+def run(problem: Problem, factor: float) -> tuple[Solution, MemoryUse]:
+    def walk(found: Solution) -> MemoryUse:
+        return MemoryUse(peak(problem, found.chosen, factor), 0.0, 0.0, 0.0, 0.0)
+
+    return solve_within(problem, walk, time_limit=60.0, gap=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.4])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_walked_peak_keeps_the_limit(seed: int, factor: float) -> None:
+    free = random_problem(seed)
+    sizes = sorted(peak(free, chosen, factor) for chosen in every_choice(free))
+    limit = sizes[len(sizes) // 3]
+    found, memory = run(random_problem(seed, limit), factor)
+    assert memory.total == peak(free, found.chosen, factor) <= limit
+    assert found.seconds == seconds_of(free, found.chosen)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_least_that_is_named_is_the_peak_of_a_plan_and_accepted(seed: int) -> None:
+    free = random_problem(seed)
+    sizes = sorted(peak(free, chosen, 1.4) for chosen in every_choice(free))
+    with pytest.raises(OutOfMemoryError) as error:
+        run(random_problem(seed, 0.9 * sizes[0]), 1.4)
+    assert any(error.value.least == pytest.approx(size) for size in sizes)
+    assert run(random_problem(seed, 1.0005 * error.value.least), 1.4)[1].total <= 1.0005 * error.value.least
+
+
+def test_without_a_limit_the_fastest_plan_is_taken() -> None:
+    free = random_problem(1)
+    found, _ = run(free, 2.0)
+    assert found.seconds == pytest.approx(min(seconds_of(free, chosen) for chosen in every_choice(free)), rel=1e-5)
