@@ -62,7 +62,7 @@ def solve_within(problem: Problem, walk: Callable[[Solution], MemoryUse], *, tim
             break
         memory = walk(found)
         if memory.total <= limit:
-            return found, memory
+            return _judged(found, best), memory
         tried.append((found, memory))
         missed = memory.total - found.bytes
     smallest = _smallest(problem, best, walk, time_limit=time_limit, gap=gap)
@@ -70,7 +70,16 @@ def solve_within(problem: Problem, walk: Callable[[Solution], MemoryUse], *, tim
     if not fitting:
         raise out_of_memory(limit, min(memory.total for _, memory in [*smallest, *tried]))
     found, memory = min(fitting, key=lambda pair: pair[0].seconds)
-    return replace(found, gap=max(0.0, 1 - best.seconds / found.seconds)), memory
+    return _judged(found, best), memory
+
+
+def _judged(found: Solution, free: Solution) -> Solution:
+    """A plan within the limit, with what is really proved of it: how far it is from the bound of plans without a limit.
+
+    That it is the best within an estimated limit proves nothing about the limit itself.
+    """
+    gap = max(0.0, 1 - free.seconds * (1 - free.gap) / found.seconds)
+    return found if gap <= found.gap else replace(found, status="feasible", gap=gap)
 
 
 def _smallest(

@@ -217,12 +217,17 @@ def _grid(*titles: str) -> Table:
 
 def _solver(plan: Plan) -> Text:
     solver = plan.solver
-    gap = "" if solver.gap == 0 else f", at most {100 * solver.gap:.1g} % above the optimum"
+    gap = "" if solver.gap == 0 else f", at most {_percent(solver.gap)} % above the optimum"
     return Text.assemble(
         "solver: ",
         (solver.status, "green" if solver.status == "optimal" else "bold red"),
         f"{gap} ({solver.name}, {solver.seconds:.2f} s)",
     )
+
+
+def _percent(share: float) -> str:
+    """One digit of small shares, whole percents of large ones."""
+    return f"{100 * share:.0f}" if share >= 0.01 else f"{100 * share:.1g}"
 
 
 def _without_rule(plan: Plan) -> list[str]:

@@ -34,6 +34,22 @@ def test_the_walked_peak_keeps_the_limit(seed: int, factor: float) -> None:
     assert found.seconds == seconds_of(free, found.chosen)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_more_is_claimed_than_is_proved(seed: int) -> None:
+    """Where the estimate is far off, the plan need not be the best within the limit, and must not be called so."""
+
+    def far(chosen: tuple[int, ...]) -> float:
+        return bytes_of(free, chosen) + 1e9 * (sum(chosen) % 3)
+
+    free = random_problem(seed)
+    limit = sorted(map(far, every_choice(free)))[len(every_choice(free)) // 4]
+    found, _ = solve_within(
+        random_problem(seed, limit), lambda one: MemoryUse(far(one.chosen), 0.0, 0.0, 0.0, 0.0), time_limit=60.0, gap=1e-6
+    )
+    optimum = min(seconds_of(free, chosen) for chosen in every_choice(free) if far(chosen) <= limit)
+    assert optimum >= found.seconds * (1 - found.gap) * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_least_that_is_named_is_the_peak_of_a_plan_and_accepted(seed: int) -> None:
     free = random_problem(seed)
