@@ -16,6 +16,22 @@ from autotp.strategies import Space, Strategy
 
 
 @dataclass(frozen=True)
+class Recomputed:
+    """Tensors that some copies of a repeated block do not keep for backward, but make again there.
+
+    Attributes:
+        repeat: number of the repeat in the folding.
+        copies: how many copies of the block do so. Where a repeat has several entries, their copies follow each other from the first on.
+        versions: (tensor of the first copy, or parameter of it; layout): in the layout in which it is made, its operator runs again, in
+            another one the conversion to it does.
+    """
+
+    repeat: int
+    copies: int
+    versions: frozenset[tuple[Ref, Layout]]
+
+
+@dataclass(frozen=True)
 class Decisions:
     """What a plan says about a program.
 
@@ -23,12 +39,14 @@ class Decisions:
         chosen: representative node → its strategy.
         paths: (representative tensor, layout wanted) → the moves from the layout that is made.
         inputs: input node → declared layout; outputs: output position → declared layout (I where not mentioned).
+        recomputed: what is not kept for backward.
     """
 
     chosen: dict[int, Strategy]
     paths: dict[tuple[Ref, Layout], tuple[Move, ...]]
     inputs: dict[int, Layout]
     outputs: dict[int, Layout]
+    recomputed: tuple[Recomputed, ...] = ()
 
 
 def read_plan(space: Space, plan: Plan, inputs: dict[int, Layout], outputs: dict[int, Layout]) -> Decisions:

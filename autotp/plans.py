@@ -15,7 +15,7 @@ import yaml
 from autotp.errors import AutotpError
 from autotp.layouts import Cut, Layout, Split
 
-FORMAT = 1
+FORMAT = 2
 """Version of the plan file; raised when old files can no longer be read."""
 
 
@@ -105,6 +105,24 @@ class ConversionPlan:
 
 
 @dataclass(frozen=True)
+class RecomputePlan:
+    """One tensor of a repeated block that the first `copies` copies do not keep for backward, but make again there.
+
+    Of a tensor in the layout in which its operator makes it, the operator runs again; in another layout, the conversion does, with its
+    collectives: so a gathered weight is gathered again. `layout` is a layout code, `shows` the same in words; `seconds` is the extra
+    time of all these copies, `bytes` what each rank need not keep.
+    """
+
+    node: str
+    output: int
+    layout: str
+    shows: str
+    copies: int
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Time:
     """Predicted seconds per step: forward, backward and (in training) the parameter update."""
 
@@ -169,6 +187,7 @@ class Plan:
             one parameter update.
         notes: what tracing or planning wants the user to know.
         dynamic: whether the program was traced with sizes that may change; the module then takes other batches and lengths.
+        recomputed: what is not kept for backward but made again there.
     """
 
     model: str
@@ -191,6 +210,7 @@ class Plan:
     replicated: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dynamic: bool = True
+    recomputed: tuple[RecomputePlan, ...] = ()
 
     @property
     def layouts(self) -> dict[str, tuple[str, ...]]:
@@ -206,6 +226,7 @@ class Plan:
             "mode": self.mode,
             "nodes": [(entry.node, entry.key, entry.operands, entry.outputs) for entry in self.nodes],
             "conversions": [(entry.node, entry.output, entry.layouts) for entry in self.conversions],
+            "recomputed": [(entry.node, entry.output, entry.layout, entry.copies) for entry in self.recomputed],
             "border": (dict(self.inputs), dict(self.outputs)),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -284,7 +305,7 @@ def write_whole(path: str | Path, text: str) -> None:
 SHAPES: dict[str, type | tuple[type, ...]] = {
     "model": str, "mode": str, "mesh": dict, "cluster": str, "program": str, "nodes": list, "conversions": list, "strategies": dict,
     "collectives": dict, "time": dict, "memory": dict, "solver": dict, "kpi": dict, "inputs": dict, "outputs": dict,
-    "replicated": dict, "notes": list, "dynamic": bool,
+    "replicated": dict, "notes": list, "dynamic": bool, "recomputed": list,
 }  # fmt: skip
 """What a plan file holds under each key."""
 
@@ -307,6 +328,7 @@ def _from_dict(body: dict[str, Any]) -> Plan:
             **plain,
             "nodes": tuple(entry(NodePlan, values) for values in body["nodes"]),
             "conversions": tuple(entry(ConversionPlan, values) for values in body["conversions"]),
+            "recomputed": tuple(entry(RecomputePlan, values) for values in body["recomputed"]),
             "time": Time(**body["time"]),
             "memory": MemoryUse(**memory),
             "solver": Solver(**body["solver"]),

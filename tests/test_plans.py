@@ -71,9 +71,9 @@ def test_the_hash_covers_decisions_and_not_prices() -> None:
     [
         ("a: [", "not a YAML file"),
         ("hello", "not an autotp plan"),
-        ("autotp_plan: 99", "reads format 1"),
-        ("autotp_plan: 1", "damaged"),
-        ("{autotp_plan: 1, model: m, mode: train, mesh: 3}", "damaged"),
+        ("autotp_plan: 99", "reads format 2"),
+        ("autotp_plan: 2", "damaged"),
+        ("{autotp_plan: 2, model: m, mode: train, mesh: 3}", "damaged"),
     ],
 )
 def test_files_that_are_no_plans(tmp_path: Path, text: str, message: str) -> None:
