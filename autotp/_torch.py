@@ -68,6 +68,12 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The (pack, unpack) hooks through which autograd saves tensors now, if any."""
+    found: tuple[Callable[..., Any], Callable[..., Any]] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return found
+
+
 def is_mutable(target: Any) -> bool:
     """Whether an operator writes to one of its inputs, by its schema."""
     return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from autotp.errors import AutotpError
-from autotp.layouts import Layout, Move
+from autotp.layouts import Layout, Move, SortedCut
 from autotp.plans import Plan, code_of, layout_of
 from autotp.program import Program, Ref
 from autotp.strategies import Space, Strategy
@@ -47,6 +47,33 @@ class Decisions:
     inputs: dict[int, Layout]
     outputs: dict[int, Layout]
     recomputed: tuple[Recomputed, ...] = ()
+
+
+def recomputable(space: Space, decisions: Decisions, repeat: int) -> tuple[tuple[Ref, Layout], ...]:
+    """Everything that the copies of a repeated block make, of which each may be kept or recomputed, in program order.
+
+    That is what its operators make, and what is converted inside: tensors and the block's own parameters, as its operators want them.
+    The orders of sorted rows are left out: all ranks must move rows by the very same one in forward and backward.
+    """
+    program, folding = space.program, space.folding
+    orders = orders_of(decisions)
+    found: dict[tuple[Ref, Layout], None] = {}
+    block = folding.repeats[repeat].instance(0)
+    for index in block:
+        strategy = decisions.chosen[index]
+        for ref, layout in zip(program.nodes[index].inputs, strategy.operands, strict=True):
+            is_own = program.nodes[ref.node].kind != "input" and program.nodes[ref.node].kind != "op" and len(folding.members[ref.node]) > 1
+            if (ref.node in block or is_own) and layout != decisions.chosen[ref.node].outputs[ref.output]:
+                found[ref, layout] = None
+        for output, layout in enumerate(strategy.outputs):
+            found[Ref(index, output), layout] = None
+    return tuple(version for version in found if version[0].node not in orders)
+
+
+def orders_of(decisions: Decisions) -> set[int]:
+    """The nodes that make the orders of sorted rows."""
+    layouts = (layout for strategy in decisions.chosen.values() for layout in (*strategy.operands, *strategy.outputs))
+    return {split.cut.order for layout in layouts for split in layout.splits if isinstance(split.cut, SortedCut)}
 
 
 def read_plan(space: Space, plan: Plan, inputs: dict[int, Layout], outputs: dict[int, Layout]) -> Decisions:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,30 +18,15 @@ from torch.fx import GraphModule
 
 from autotp.footprint import Call, Observer, Slot, Spec, contiguous
 from autotp.layouts import Layout, at_sizes, local_shape, local_size
+from autotp.ledger import PARTS, Again, Ledger, Remade, Storage
 from autotp.plans import MemoryUse
 from autotp.price.memory import Optimizer
 from autotp.program import TensorType
 from autotp.runtime.collectives import bind
 from autotp.runtime.random import RandomCall
+from autotp.runtime.recompute import Recomputing
 from autotp.runtime.sorted_rows import HeldElements
 from autotp.sharded import Sharded
-
-PARTS = ("parameters", "gradients", "optimizer", "activations", "transient")
-
-
-@dataclass(eq=False)
-class _Storage:
-    """Memory that lives while anything holds it: the graph at work (`held`), autograd (`kept`), or the rank itself (`rests`)."""
-
-    bytes: int
-    held: int = 0
-    kept: int = 0
-    rests: str = ""
-
-    @property
-    def part(self) -> str:
-        """Which part of memory it counts to; empty when it is free."""
-        return self.rests or ("activations" if self.kept else "transient" if self.held else "")
 
 
 @dataclass(eq=False)
@@ -49,48 +34,18 @@ class _Value:
     """A tensor of the walk."""
 
     spec: Spec
-    storage: _Storage
+    storage: Storage
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One call on the way back: what it was called with, what came out, and what autograd keeps for it."""
+    """One call on the way back: what it was called with, what came out, and what autograd keeps for it, or makes again."""
 
     call: Call
     key: Any
     operands: tuple[_Value, ...]
     results: tuple[_Value | None, ...]
-    kept: tuple[_Storage, ...]
-
-
-@dataclass
-class _Ledger:
-    """Bytes by part, now and at the highest moment."""
-
-    now: Counter[str] = field(default_factory=Counter)
-    total: int = 0
-    highest: int = -1
-    peak: Counter[str] = field(default_factory=Counter)
-
-    def change(self, storage: _Storage, held: int = 0, kept: int = 0, rests: str | None = None) -> None:
-        """Something begins or ends to hold a storage."""
-        before = storage.part
-        storage.held += held
-        storage.kept += kept
-        storage.rests = storage.rests if rests is None else rests
-        after = storage.part
-        if before != after:
-            self.now[before] -= storage.bytes
-            self.now[after] += storage.bytes
-            self.total += storage.bytes * (bool(after) - bool(before))
-
-    def look(self, more: int = 0, gradients: int = 0) -> None:
-        """Is this the highest moment? With `more` bytes that are not yet written down, `gradients` of them of parameters."""
-        if self.total + more > self.highest:
-            self.highest = self.total + more
-            self.peak = Counter({part: self.now[part] for part in PARTS})
-            self.peak["gradients"] += gradients
-            self.peak["transient"] += more - gradients
+    kept: tuple[Storage | Remade, ...]
 
 
 def peak_memory(sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimizer | None, on_cpu: bool) -> MemoryUse:
@@ -111,10 +66,14 @@ def peak_memory(sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimiz
 class _Walk:
     def __init__(self, sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimizer | None, on_cpu: bool) -> None:
         self.sharded, self.symbols, self.optimizer = sharded, symbols, optimizer
-        self.ledger, self.observer = _Ledger(), Observer(on_cpu)
+        self.ledger, self.observer = Ledger(), Observer(on_cpu)
         self.tape: list[_Step] = []
         self.leaves: Counter[_Value] = Counter()
         """Parameters with gradient, and how many calls have yet to send them one."""
+        self.marked: Mapping[str, frozenset[int]] = {}
+        """The calls of the block at work that are made again in backward."""
+        self.made: list[Storage] = []
+        self.calls = 0
         self.schedules: dict[GraphModule, list[tuple[fx.Node, tuple[fx.Node, ...]]]] = {}
         bind(sharded.graph, _Alone(sharded.mesh))
 
@@ -145,7 +104,7 @@ class _Walk:
             self.ledger.change(value.storage, rests="parameters")
             if value.spec.requires_grad and self.optimizer is not None:
                 self.leaves[value] = 0
-                state = _Storage(self.optimizer.state_bytes(value.spec.shape, held.type.dtype.itemsize))
+                state = Storage(self.optimizer.state_bytes(value.spec.shape, held.type.dtype.itemsize))
                 self.ledger.change(state, rests="optimizer")
             found.append(self.value(value.spec) if held.name in self.sharded.updates else value)
         return found
@@ -159,7 +118,7 @@ class _Walk:
 
     def value(self, spec: Spec) -> _Value:
         """A tensor on memory of its own."""
-        return _Value(spec, _Storage(spec.bytes))
+        return _Value(spec, Storage(spec.bytes))
 
     # ---- forward ----
 
@@ -199,8 +158,8 @@ class _Walk:
     def node(self, module: GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """One node; its result, held."""
         target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        if isinstance(target, GraphModule):
-            return self.graph(target, fx.map_arg(node.args, values.__getitem__))
+        if isinstance(target, (GraphModule, Recomputing)):
+            return self.block(target, fx.map_arg(node.args, values.__getitem__))
         given = [values[name] for name in node.all_input_nodes]
         if given and isinstance(given[0], tuple):  # an item of a call with several results
             item = given[0][node.args[1]]  # type: ignore[index]
@@ -218,29 +177,72 @@ class _Walk:
             split = at_sizes(target.layout, self.symbols).splits[0]
             estimate = (contiguous((local_size(split, target.mesh, target.coordinate),), torch.int64),)
         sizes = tuple(value for value in given if not isinstance(value, _Value))
-        return self.call(Call(function, args, kwargs, estimate), (node, sizes), tuple(tensors))
+        return self.call(Call(function, args, kwargs, estimate), (node, sizes), tuple(tensors), self.marked.get(node.name))
 
-    def call(self, call: Call, key: Any, operands: tuple[_Value, ...]) -> Any:
-        """An operator or conversion: its results, held."""
+    def block(self, module: GraphModule | Recomputing, arguments: Sequence[Any]) -> Any:
+        """A block."""
+        if isinstance(module, GraphModule):
+            return self.graph(module, arguments)
+        self.marked = module.marked if self.optimizer is not None else {}
+        results = self.graph(module.body, arguments)
+        for storage in self.made:
+            self.ledger.forget(storage)
+        self.marked, self.made = {}, []
+        return results
+
+    def call(self, call: Call, key: Any, operands: tuple[_Value, ...], marked: frozenset[int] | None = None) -> Any:
+        """An operator or conversion: its results, held; `marked` ones are not kept, nor what else is kept of a call that has any."""
         seen = self.observer.forward(call, key, tuple(value.spec for value in operands))
-        storages = [*(value.storage for value in operands), *map(_Storage, seen.new)]
-        kept = tuple(storages[place] for place in seen.kept)
-        for place, storage in zip(seen.kept, kept, strict=True):
+        storages = [*(value.storage for value in operands), *map(Storage, seen.new)]
+        kept: list[Storage | Remade] = [storages[place].remade or storages[place] for place in seen.kept]
+        if marked is not None:
+            again = self.again(call, key, operands)
+            again.results.update({place: Remade(again, storages[place].bytes) for place in range(len(operands), len(storages))})
+            kept = [again.results.get(place, found) for place, found in zip(seen.kept, kept, strict=True)]
+        for place, needed in zip(seen.kept, kept, strict=True):
             if place < len(operands):  # these are kept before the kernel runs
-                self.ledger.change(storage, kept=1)
+                self.ledger.refer(needed)
         self.ledger.look(seen.peak)
         results: list[_Value | None] = []
         for found, same in zip(seen.results, seen.is_same, strict=True):
             results.append(None if found is None else operands[same] if same is not None else _Value(found[0], storages[found[1]]))
         self.hold(results)
-        for place, storage in zip(seen.kept, kept, strict=True):
+        for place, needed in zip(seen.kept, kept, strict=True):
             if place >= len(operands):
-                self.ledger.change(storage, kept=1)
+                self.ledger.refer(needed)
+        if marked is not None:
+            picked = (seen.results[number] for number in sorted(marked))
+            for place in {found[1]: None for found in picked if found is not None and found[1] in again.results}:
+                self.ledger.promise(storages[place], again.results[place])
+                self.made.append(storages[place])
+            self.ledger.unrefer_call(again)
         made = tuple(value if same is None else None for value, same in zip(results, seen.is_same, strict=True))
         if any(value is not None and value.spec.requires_grad for value in made):
-            self.tape.append(_Step(call, key, operands, made, kept))
+            self.tape.append(_Step(call, key, operands, made, tuple(kept)))
             self.leaves.update(value for value in set(operands) if value in self.leaves)
         return tuple(results) if seen.several else results[0]
+
+    def again(self, call: Call, key: Any, operands: tuple[_Value, ...]) -> Again:
+        """The call as it may be made again, referred to."""
+        self.calls += 1
+        holds = dict.fromkeys(value.storage for value in operands)
+        again = Again(self.calls, call, key, tuple(v.spec for v in operands), tuple(storage.remade or storage for storage in holds))
+        self.ledger.refer_call(again)
+        return again
+
+    def make(self, wanted: Remade) -> None:
+        """Make a tensor again: the calls that it rests on run in the order of the forward."""
+        pending: dict[int, Again] = {}
+        stack = [wanted]
+        while stack:
+            remade = stack.pop()
+            if remade.storage is None and remade.again.number not in pending:
+                pending[remade.again.number] = remade.again
+                stack += [operand for operand in remade.again.operands if isinstance(operand, Remade)]
+        for number in sorted(pending):
+            again = pending[number]
+            self.ledger.look(self.observer.forward(again.call, again.key, again.specs).peak)
+            self.ledger.fill(again)
 
     def hold(self, value: Any) -> None:
         """Something more refers to a value, or to each of several."""
@@ -274,10 +276,13 @@ class _Walk:
 
     def step_back(self, step: _Step, arrived: tuple[_Value | None, ...], pending: dict[_Value, _Value]) -> None:
         """The backward of one call: from the gradients of its results to those of its operands."""
+        for kept in step.kept:
+            if isinstance(kept, Remade):
+                self.make(kept)
         specs = tuple(None if gradient is None else gradient.spec for gradient in arrived)
         seen = self.observer.backward(step.call, step.key, tuple(value.spec for value in step.operands), specs)
         given = [gradient for gradient in arrived if gradient is not None]
-        storages = [*(gradient.storage for gradient in given), *map(_Storage, seen.new)]
+        storages = [*(gradient.storage for gradient in given), *map(Storage, seen.new)]
         last = [found[1] for value, found in zip(step.operands, seen.results, strict=True) if found and self.is_last(value, pending)]
         self.ledger.look(seen.peak, sum(storages[place].bytes for place in {*last}.intersection(seen.at_peak)))
         made: list[tuple[_Value, _Value]] = []
@@ -285,8 +290,7 @@ class _Walk:
             if found is not None:
                 made.append((operand, given[same] if same is not None else _Value(found[0], storages[found[1]])))
         self.hold([gradient for _, gradient in made])
-        for storage in step.kept:
-            self.ledger.change(storage, kept=-1)
+        self.ledger.unrefer(*step.kept)
         self.release(given)
         uses = Counter(gradient for _, gradient in made)
         for operand, gradient in made:
@@ -356,7 +360,7 @@ def _slotted(tree: Any, values: dict[fx.Node, Any], tensors: list[_Value]) -> An
     return tree
 
 
-def _storages(value: Any) -> list[_Storage]:
+def _storages(value: Any) -> list[Storage]:
     if isinstance(value, _Value):
         return [value.storage]
     if isinstance(value, (tuple, list)):

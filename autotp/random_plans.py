@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
-from autotp.decisions import Decisions
+from autotp.decisions import Decisions, Recomputed, recomputable
 from autotp.describe import conversions
 from autotp.formulate import Border
 from autotp.layouts import Layout, SortedCut, Split
@@ -39,6 +40,21 @@ def random_plan(space: Space, border: Border, prices: ConversionPrices, seed: in
         for found in conversions(space, chosen, border, prices)
     }
     return Decisions(chosen, paths, dict(border.inputs), dict(border.outputs))
+
+
+def random_recomputed(space: Space, decisions: Decisions, seed: int) -> Decisions:
+    """The same decisions with random sets of tensors made again in backward, other ones by different copies of a block."""
+    random = Random(seed)
+    found = []
+    for number, repeat in enumerate(space.folding.repeats):
+        versions = recomputable(space, decisions, number)
+        left = repeat.count
+        while left and versions:
+            copies, share = random.randint(1, left), random.choice((0.1, 0.5, 1.0))
+            drawn = frozenset(version for version in versions if random.random() < share)
+            found.append(Recomputed(number, copies, drawn))
+            left -= copies
+    return replace(decisions, recomputed=tuple(found))
 
 
 def _connects(

@@ -18,12 +18,14 @@ from torch import fx, nn
 
 from autotp import _torch
 from autotp.decisions import Decisions
+from autotp.errors import AutotpError
 from autotp.layouts import Layout, Move, SortedCut, Split, local_size, uniform
 from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
 from autotp.program import Node, Ref, map_refs
 from autotp.rules.language import Local, LocalElements, LocalSize, LocalStart, call_of
 from autotp.runtime.collectives import Bucket, Convert
 from autotp.runtime.random import RandomCall
+from autotp.runtime.recompute import Recomputing
 from autotp.runtime.sorted_rows import HeldElements, orders_in
 from autotp.sharded import BorderSpec, Sharded, StateSpec
 from autotp.strategies import Space
@@ -71,6 +73,8 @@ class _Block:
     takes: tuple[Version, ...]
     gives: tuple[Version, ...]
     symbols: tuple[sympy.Symbol, ...]
+    nodes: dict[Version, fx.Node]
+    """The graph nodes of all tensors in it."""
 
 
 class _Rewriter:
@@ -145,6 +149,7 @@ class _Rewriter:
         self._global_sizes(root)
         self._state_conversions(root, self._uses_of_root(), (Ref(n.index) for n in state if not self.belongs_to_block(Ref(n.index))))
         blocks = {number: self._block(number) for number in range(len(self.folding.repeats))}
+        modules = {number: self._modules(number, blocks[number]) for number in blocks}
         for node in self.program.nodes:
             if node.kind != "op":
                 continue
@@ -152,7 +157,7 @@ class _Rewriter:
             if place is None:
                 self._emit(root, node)
             elif node.index == self.folding.repeats[place[0]].instance(place[1])[0]:
-                self._call_block(root, blocks[place[0]], *place)
+                self._call_block(root, blocks[place[0]], modules[place[0]][place[1]], *place)
         outputs, constants = [], {}
         for position, value in enumerate(self.program.outputs):
             if isinstance(value, Ref):
@@ -336,7 +341,35 @@ class _Rewriter:
             self._emit(scope, node)
         gives = self._given(number, scope)
         scope.graph.output(tuple(scope.versions[version] for version in gives))
-        return _Block(_module(scope), tuple(takes), gives, symbols)
+        return _Block(_module(scope), tuple(takes), gives, symbols, scope.versions)
+
+    def _modules(self, number: int, block: _Block) -> list[tuple[str, nn.Module]]:
+        """The module that runs each copy, by name: copies that make the same tensors again share one."""
+        name = f"block_{number + 1}"
+        found: list[tuple[str, nn.Module]] = []
+        for pattern in (entry for entry in self.decisions.recomputed if entry.repeat == number):
+            same = (f"{name}_recomputing_{len(found) + 1}", self._recomputing(block, pattern.versions))
+            found += [same] * pattern.copies
+        return found + [(name, block.module)] * (self.folding.repeats[number].count - len(found))
+
+    def _recomputing(self, block: _Block, versions: Iterable[Version]) -> Recomputing:
+        """The same block, which does not keep some of its tensors.
+
+        Raises:
+            AutotpError: it does not make one of them.
+        """
+        alive = set(block.module.graph.nodes)
+        marked: dict[str, frozenset[int]] = {}
+        for version in versions:
+            node = block.nodes.get(version)
+            if node is None or node.op == "placeholder":
+                name = self.program.nodes[version[0].node].name
+                raise AutotpError(f"the plan recomputes `{name}` as ({version[1]}), which its block does not make: plan this model again")
+            if node in alive:
+                call, place = node.args if node.target is _item else (node, 0)
+                assert isinstance(call, fx.Node) and isinstance(place, int)
+                marked[call.name] = marked.get(call.name, frozenset()) | {place}
+        return Recomputing(block.module, marked)
 
     def _given(self, number: int, scope: _Scope) -> tuple[Version, ...]:
         """What any copy's outside needs from the block: as made, or as converted inside anyway. Named after the first copy."""
@@ -375,7 +408,7 @@ class _Rewriter:
                 found.setdefault(ref, set()).add(node.index)
         return found
 
-    def _call_block(self, root: _Scope, block: _Block, number: int, copy: int) -> None:
+    def _call_block(self, root: _Scope, block: _Block, module: tuple[str, nn.Module], number: int, copy: int) -> None:
         """One copy: pass what its block takes, name what it gives."""
         repeat = self.folding.repeats[number]
         counterpart: dict[Ref, Ref] = {}
@@ -385,8 +418,7 @@ class _Rewriter:
             counterpart.update(zip(*([ref for ref, _ in self.orders(node)] for node in nodes), strict=True))
         args = [self._get(root, (counterpart[ref], layout)) for ref, layout in block.takes]
         args += [root.sizes[symbol] for symbol in block.symbols]
-        name = f"block_{number + 1}"
-        root.modules[name] = block.module
+        name, root.modules[name] = module[0], module[1]
         result = root.graph.call_module(name, tuple(args))
         for place, (ref, layout) in enumerate(block.gives):
             given = Ref(ref.node + copy * repeat.period, ref.output)

@@ -9,8 +9,9 @@ output's gradient, `scatter(gradient, gradient_layout(layout), …)`, in one `to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from autotp.layouts import COLLECTIVES
 from autotp.program import op_name
 from autotp.runtime.collectives import Bucket, Convert, Steps, flatten, unflatten
 from autotp.runtime.primitives import AllToAll, Primitive
+from autotp.runtime.random import RandomCall
+from autotp.runtime.recompute import Recomputation, Recomputing, picked
 from autotp.sharded import Sharded
 
 # ---- exchanges across the list of ranks -----------------------------------------------------------------------------
@@ -104,7 +107,7 @@ class _Lockstep(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.way = backward, simulation
         ctx.set_materialize_grads(False)
-        return tuple(_run(forward, tensors, simulation.mesh, simulation.log_forward))
+        return tuple(_run(forward, tensors, simulation.mesh, simulation.log))
 
     @staticmethod
     @once_differentiable
@@ -119,7 +122,7 @@ class _Lockstep(torch.autograd.Function):
                 f"they would wait for each other; let every local operator keep its result connected on an empty piece"
             )
         found = [gradient for gradient in gradients if gradient is not None]
-        return None, None, None, *_run(backward, found, simulation.mesh, simulation.log_backward)
+        return None, None, None, *_run(backward, found, simulation.mesh, simulation.log)
 
 
 class _LockstepMerge(torch.autograd.Function):
@@ -139,12 +142,33 @@ class _LockstepMerge(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(gradients)
         per_rank = [[gradients[rank * count + i] for i in needed] for rank in range(ranks)]
         buffers = zip(*map(flatten, per_rank), strict=True)
-        reduced = [_run([steps] * ranks, buffer, simulation.mesh, simulation.log_backward) for buffer in buffers]
+        reduced = [_run([steps] * ranks, buffer, simulation.mesh, simulation.log) for buffer in buffers]
         for rank in range(ranks):
             parts = unflatten([buffer[rank] for buffer in reduced], per_rank[rank])
             for i, part in zip(needed, parts, strict=True):
                 found[rank * count + i] = part
         return None, None, None, *found
+
+
+Lanes = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+"""From the positional and the keyword arguments of every rank to their results."""
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """What a block makes again, in one run of it on all ranks."""
+
+    recomputation: Recomputation
+    marked: Mapping[str, frozenset[int]]
+
+    def call(self, function: Lanes, name: str, args: list[Any], kwargs: list[Any]) -> Sequence[Any]:
+        """A marked call on all ranks."""
+
+        def pick(results: Sequence[Any]) -> list[Any]:
+            return [tensor for mine in results for tensor in picked(self.marked[name], mine)]
+
+        results: Sequence[Any] = self.recomputation.call(function, pick, (args, kwargs), {})
+        return results
 
 
 # ---- the interpreter ------------------------------------------------------------------------------------------------
@@ -172,6 +196,7 @@ class Simulation:
         self.ranks = tuple(ranks)
         self.mesh = ranks[0].mesh
         self.records: list[Record] = []
+        self.phase: Literal["forward", "backward"] = "backward"
         _check_alike([rank.graph for rank in ranks], "")
 
     def forward(
@@ -190,17 +215,19 @@ class Simulation:
                     f"the graph of rank {rank.coordinate} takes {expected} tensors, but {len(found)} were given; "
                     f"pass one for each entry of Sharded.state, then of Sharded.inputs"
                 )
-        return [tuple(output) for output in self._interpret([rank.graph for rank in self.ranks], arguments)]
+        self.phase = "forward"
+        try:
+            return [tuple(output) for output in self._interpret([rank.graph for rank in self.ranks], arguments)]
+        finally:
+            self.phase = "backward"
 
-    def log_forward(self, primitive: str, axis: int, size: int) -> None:
-        """Note a collective of the forward pass."""
-        self.records.append(Record(primitive, axis, size, "forward"))
+    def log(self, primitive: str, axis: int, size: int) -> None:
+        """Note a collective."""
+        self.records.append(Record(primitive, axis, size, self.phase))
 
-    def log_backward(self, primitive: str, axis: int, size: int) -> None:
-        """Note a collective of the backward pass."""
-        self.records.append(Record(primitive, axis, size, "backward"))
-
-    def _interpret(self, graphs: Sequence[GraphModule], arguments: Sequence[Sequence[Any]]) -> list[Any]:
+    def _interpret(
+        self, graphs: Sequence[GraphModule], arguments: Sequence[Sequence[Any]], recomputing: _Marks | None = None
+    ) -> list[Any]:
         environments: list[dict[Node, Any]] = [{} for _ in graphs]
         pending = [iter(given) for given in arguments]
         for nodes in zip(*(graph.graph.nodes for graph in graphs), strict=True):
@@ -215,30 +242,34 @@ class Simulation:
                     kwargs.append(torch.fx.map_arg(node.kwargs, values.__getitem__))
                 if nodes[0].op == "output":
                     return [given[0] for given in args]
-                results = self._call(graphs, nodes, args, kwargs)
+                function = self._function(graphs, nodes)
+                if recomputing is not None and nodes[0].name in recomputing.marked:
+                    results = recomputing.call(function, nodes[0].name, args, kwargs)
+                else:
+                    results = function(args, kwargs)
             for node, values, result in zip(nodes, environments, results, strict=True):
                 values[node] = result
         raise AutotpError("a graph has no output node; only graphs that return their results can be simulated")
 
-    def _call(
-        self, graphs: Sequence[GraphModule], nodes: Sequence[Node], args: list[Any], kwargs: list[Any]
-    ) -> Sequence[Any]:
-        """What the nodes, one of each rank, return."""
-        functions: list[Any]
+    def _function(self, graphs: Sequence[GraphModule], nodes: Sequence[Node]) -> Lanes:
+        """What the nodes, one of each rank, do with their arguments; whenever it is called with the same, it gives the same."""
+        functions: Sequence[Any] = [node.target for node in nodes]
         if nodes[0].op == "call_module":
             modules: list[Any] = [_module(graph, node) for graph, node in zip(graphs, nodes, strict=True)]
             if isinstance(modules[0], Convert):
-                return self._convert(modules, args)
+                return lambda args, kwargs: self._convert(modules, args)
             if isinstance(modules[0], Bucket):
-                return self._merge(modules, args)
+                return lambda args, kwargs: self._merge(modules, args)
+            if isinstance(modules[0], Recomputing):
+                return lambda args, kwargs: self._recompute(modules, args)
             if isinstance(modules[0], GraphModule):
-                return self._interpret(modules, args)
-            functions = modules
+                return lambda args, kwargs: self._interpret(modules, args)
+            functions = [module.drawn() if isinstance(module, RandomCall) else module for module in modules]
         elif nodes[0].op == "call_method":
-            functions = [getattr(given[0], str(node.target)) for node, given in zip(nodes, args, strict=True)]
-            args = [given[1:] for given in args]
-        else:
-            functions = [node.target for node in nodes]
+            functions = [partial(_method, str(node.target)) for node in nodes]
+        return partial(self._apply, nodes, functions)
+
+    def _apply(self, nodes: Sequence[Node], functions: Sequence[Any], args: Sequence[Any], kwargs: Sequence[Any]) -> list[Any]:
         results = []
         for rank, (function, given, named) in enumerate(zip(functions, args, kwargs, strict=True)):
             try:
@@ -248,14 +279,22 @@ class Simulation:
                 raise
         return results
 
+    def _recompute(self, modules: Sequence[Recomputing], args: Sequence[Any]) -> list[Any]:
+        """A call of a block that is made again is one of all ranks: what one of them needs, all make."""
+        bodies = [module.body for module in modules]
+        if not torch.is_grad_enabled():
+            return self._interpret(bodies, args)
+        with Recomputation(args[0]) as recomputation:
+            return self._interpret(bodies, args, _Marks(recomputation, modules[0].marked))
+
     def _convert(self, modules: Sequence[Convert], args: Sequence[Any]) -> Sequence[Any]:
         tensors = [given[0] for given in args]
         steps = [module.steps(given[1:], given[0].device) for module, given in zip(modules, args, strict=True)]
         forward, backward = [one[0] for one in steps], [one[1] for one in steps]
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-            return _run(forward, tensors, self.mesh, self.log_forward)
+            return _run(forward, tensors, self.mesh, self.log)
         if not modules[0].gradient:
-            return _run(forward, [tensor.detach() for tensor in tensors], self.mesh, self.log_forward)
+            return _run(forward, [tensor.detach() for tensor in tensors], self.mesh, self.log)
         results: Sequence[Any] = _Lockstep.apply(forward, backward, self, *tensors)
         return results
 
@@ -265,8 +304,16 @@ class Simulation:
         return [tuple(results[rank * count : (rank + 1) * count]) for rank in range(len(modules))]
 
 
+def _method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    return getattr(owner, name)(*args, **kwargs)
+
+
 def _module(graph: GraphModule, node: Node) -> nn.Module:
     return graph.get_submodule(str(node.target))
+
+
+def _body(module: GraphModule | Recomputing) -> GraphModule:
+    return module.body if isinstance(module, Recomputing) else module
 
 
 def _attribute(module: nn.Module, node: Node) -> Any:
@@ -288,13 +335,13 @@ def _check_alike(graphs: Sequence[GraphModule], path: str) -> None:
         if nodes[0].op != "call_module":
             continue
         modules = [_module(graph, node) for graph, node in zip(graphs, nodes, strict=True)]
-        blocks = [module for module in modules if isinstance(module, GraphModule)]
-        if blocks:
+        blocks = [_body(module) for module in modules if isinstance(module, (GraphModule, Recomputing))]
+        if blocks:  # of every rank, as the signatures are equal
             _check_alike(blocks, f"{path}{nodes[0].name}.")
         elif not isinstance(modules[0], (Convert, Bucket)) and _communicates(modules[0]):
             raise AutotpError(
                 f"node {path + nodes[0].name} calls a {type(modules[0]).__name__} that communicates inside; only "
-                f"GraphModules, Convert and Bucket can be simulated, so let the graph call those directly"
+                f"GraphModules, Recomputing, Convert and Bucket can be simulated, so let the graph call those directly"
             )
 
 
@@ -314,4 +361,6 @@ def _signature(graph: GraphModule, node: Node | None) -> tuple[Any, ...]:
         return node.op, node.name, inputs, "Convert", module.path, module.symbols, module.gradient
     if isinstance(module, Bucket):
         return node.op, node.name, inputs, "Bucket", module.axis_path
+    if isinstance(module, Recomputing):
+        return node.op, node.name, inputs, "Recomputing", tuple(sorted(module.marked.items()))
     return node.op, node.name, inputs, type(module).__name__

@@ -17,6 +17,7 @@ from autotp.plans import MemoryUse
 from autotp.price.cluster import load_cluster
 from autotp.trace import trace
 from tests.benchmarks import memory_accuracy
+from tests.benchmarks.memory_accuracy import Change
 from tests.benchmarks.memory_models import Step
 from tests.models import splitting_pays
 
@@ -74,6 +75,16 @@ def test_every_part_of_the_peak_is_counted_to_a_few_bytes(mode: str, ranks: int)
     pair = memory_accuracy.measure_first("small", mode, ranks)
     slack = 0.002 * pair[1].total  # numbers, such as an optimizer's step counts
     assert all(abs(difference) <= slack for difference in differences(pair).values()), differences(pair)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("change", [Change("weights", True), Change("attention"), Change("block"), Change("block", True)], ids=str)
+def test_what_is_made_again_is_counted_to_a_few_bytes_and_less(change: Change) -> None:
+    pair = memory_accuracy.measure_first("small", "train", 2, change)
+    kept = memory_accuracy.measure_first("small", "train", 2, Change("none", change.zero))
+    slack = 0.002 * pair[1].total
+    assert all(abs(difference) <= slack for difference in differences(pair).values()), differences(pair)
+    assert pair[1].total < 0.97 * kept[1].total and pair[1].activations < kept[1].activations
 
 
 @pytest.mark.usefixtures("small")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +32,17 @@ class RandomCall(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the operator; the global random state stays as it was."""
+        return self.drawn()(*args, **kwargs)
+
+    def drawn(self) -> Callable[..., Any]:
+        """The same with the seed drawn: whenever it is called with the same arguments, it gives the same."""
+        return partial(self._sample, (self.stream.next() + self.shard) % 2**63)
+
+    def _sample(self, seed: int, /, *args: Any, **kwargs: Any) -> Any:
         tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
         generator = _generator(torch.device(kwargs.get("device") or (tensor.device if tensor is not None else "cpu")))
         state = generator.get_state()
-        generator.manual_seed((self.stream.next() + self.shard) % 2**63)
+        generator.manual_seed(seed)
         try:
             return self.target(*args, **kwargs)
         finally:

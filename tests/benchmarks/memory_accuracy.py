@@ -1,13 +1,15 @@
 """Peak memory: what a plan predicts against what a rank allocates, by part.
 
     python -m tests.benchmarks.memory_accuracy [--ranks 1 2 4] [--modes train inference] [--gloo] [MODEL ...]
+    python -m tests.benchmarks.memory_accuracy --modes train --recompute none weights attention block [--zero] [MODEL ...]
 
 Every model is planned for a slow device, so that splitting pays, and the first rank's module runs a step on the CPU: forward, backward
 and optimizer, the second of two, so that the optimizer has its state. A dispatch mode sees the results of every operator and counts
 their storages from birth to death; at the highest moment each live storage belongs to one part: parameters (and buffers), gradients
 (what ends as a parameter's gradient), optimizer state, activations (saved by autograd), transient (all else: inputs, outputs, temporaries).
 The other ranks are not there: PyTorch's "fake" process group gives a mesh, and exchanges are taken to bring copies of the rank's own
-tensors, of the sizes that real ones would have; `--gloo` runs real ranks instead.
+tensors, of the sizes that real ones would have; `--gloo` runs real ranks instead. `--recompute` changes the plan: gathered weights, what
+attention makes, or everything in the repeated blocks is made again in backward; `--zero` splits the batch, and every parameter at rest.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,15 +36,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from autotp.allocations import Allocations
-from autotp.planning import Request, adopt, make_plan
+from autotp.decisions import Decisions, Recomputed, recomputable
+from autotp.describe import conversions
+from autotp.formulate import Border
+from autotp.liveness import peak_memory
+from autotp.planning import Request, adopt, make_plan, traced_sizes
 from autotp.plans import MemoryUse, Plan
 from autotp.price.cluster import Cluster, load_cluster
-from autotp.program import Program
+from autotp.price.conversion import ConversionPrices
+from autotp.price.memory import OPTIMIZERS
+from autotp.program import Node, Program, Ref
 from autotp.ranks import mode_of_graph, state_values
 from autotp.rewrite import rewrite
 from autotp.runtime.collectives import bind
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.random import seed_module
+from autotp.runtime.state import local_part
+from autotp.sharded import Sharded
+from autotp.strategies import Space
 from autotp.trace import trace
 from tests.benchmarks.memory_models import MODELS, Step
 from tests.ranks import run_ranks
@@ -125,11 +137,66 @@ def slow_cpu() -> Cluster:
     return replace(cluster, accelerator=replace(device, peak_flops=slow, bandwidth=device.bandwidth * 1e-5))
 
 
-def planned(step: Step, mode: str, ranks: int) -> tuple[Program, Request, Plan]:
+@dataclass(frozen=True)
+class Change:
+    """What is done to a plan before it is walked and run: a set of `RECOMPUTE`, and whether parameters rest split (ZeRO-3)."""
+
+    recompute: str = "none"
+    zero: bool = False
+
+    def __call__(self, space: Space, border: Border, decisions: Decisions) -> Decisions:
+        """The plan's decisions, changed."""
+        decisions = split_at_rest(space, border, decisions) if self.zero else decisions
+        found = []
+        for number, repeat in enumerate(space.folding.repeats):
+            versions = recomputable(space, decisions, number)
+            chosen = frozenset(version for version in versions if RECOMPUTE[self.recompute](space.program.nodes[version[0].node]))
+            found.append(Recomputed(number, repeat.count, chosen))
+        return replace(decisions, recomputed=tuple(entry for entry in found if entry.versions))
+
+
+RECOMPUTE: dict[str, Callable[[Node], bool]] = {
+    "none": lambda node: False,
+    "weights": lambda node: node.kind == "parameter",
+    "attention": lambda node: any(word in node.op for word in ("attention", "softmax", "matmul", "dropout")),
+    "block": lambda node: True,
+}
+"""Which tensors of the repeated blocks are made again, by the node that makes them."""
+
+
+def split_at_rest(space: Space, border: Border, decisions: Decisions) -> Decisions:
+    """The same with every parameter split at rest along its first dim that can be, and gathered where it is used."""
+    chosen = dict(decisions.chosen)
+    for node in space.folding.members:
+        if space.program.nodes[node].kind == "parameter":
+            split = [strategy for strategy in space.strategies[node] if set(strategy.outputs[0].kinds) == {"S"}]
+            chosen[node] = min(split, key=lambda s: (s.outputs[0].splits[0].dim, len(s.outputs[0].splits[0].cut)), default=chosen[node])
+    prices = ConversionPrices(slow_cpu(), space.mesh, True, traced_sizes(space.program))
+    stands_for = space.folding.representative
+    paths = {(Ref(stands_for[c.ref.node], c.ref.output), c.target): c.path for c in conversions(space, chosen, border, prices)}
+    return replace(decisions, chosen=chosen, paths=paths)
+
+
+def planned(step: Step, mode: str, ranks: int, change: Change = Change()) -> tuple[Program, Request, Plan]:
     step.model.train(mode == "train")
     program = trace(step.model, step.args, step.kwargs, dynamic=False)
-    request = Request({"tp": ranks}, mode)
+    request = Request({"tp": ranks}, mode, data=("tp",) if change.zero else None)
     return program, request, make_plan(program, request, slow_cpu(), "model")
+
+
+def adopted(program: Program, request: Request, plan: Plan, change: Change) -> tuple[Space, Decisions]:
+    """What the plan decides, changed."""
+    space, decisions = adopt(program, replace(request, data=None), plan)
+    return space, change(space, Border(decisions.inputs, decisions.outputs), decisions)
+
+
+def predicted(program: Program, request: Request, plan: Plan, change: Change) -> MemoryUse:
+    """What a walk through the first rank's graph finds."""
+    if change == Change():
+        return plan.memory
+    space, decisions = adopted(program, request, plan, change)
+    sharded = rewrite(space, decisions, (0,) * len(space.mesh), gradient=request.mode == "train", device="meta")
+    return peak_memory(sharded, traced_sizes(program), OPTIMIZERS[request.optimizer] if request.mode == "train" else None, True)
 
 
 class Mirror:
@@ -152,10 +219,12 @@ class Mirror:
         return torch.index_select(x, 0, torch.arange(rows) % x.shape[0])
 
 
-def measure(step: Step, program: Program, request: Request, plan: Plan, alone: bool = False) -> MemoryUse:
+def measure(
+    step: Step, program: Program, request: Request, plan: Plan, alone: bool = False, change: Change = Change()
+) -> MemoryUse:
     """What this rank allocates; `alone`: without the other ranks of its process group."""
     mesh = init_device_mesh("cpu", request.mesh, mesh_dim_names=tuple(request.axes))
-    space, decisions = adopt(program, request, plan)
+    space, decisions = adopted(program, request, plan, change)
     train = request.mode == "train"
     sharded = rewrite(space, decisions, (dist.get_rank(),), gradient=train)
     seed_module(sharded.graph, 0)
@@ -167,42 +236,52 @@ def measure(step: Step, program: Program, request: Request, plan: Plan, alone: b
     if alone:
         bind(sharded.graph, Mirror(request.mesh))
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]) if train else None
+    args, kwargs = own_part(sharded, step)
     if optimizer is not None:
-        loss_of(module(*step.args, **step.kwargs)).backward()
+        loss_of(module(*args, **kwargs)).backward()
         optimizer.step()
     else:
         with torch.no_grad():
-            module(*step.args, **step.kwargs)
-    return measure_step(module, step.args, step.kwargs, optimizer)
+            module(*args, **kwargs)
+    return measure_step(module, args, kwargs, optimizer)
 
 
-def measure_first(name: str, mode: str, ranks: int) -> tuple[MemoryUse, MemoryUse]:
+def own_part(sharded: Sharded, step: Step) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What this rank passes: inputs that are declared split, in part."""
+    leaves, spec = torch.utils._pytree.tree_flatten((step.args, step.kwargs))
+    for border in sharded.inputs:
+        leaves[border.position] = local_part(leaves[border.position], border.layout, sharded.mesh, sharded.coordinate)
+    args, kwargs = torch.utils._pytree.tree_unflatten(leaves, spec)
+    return args, kwargs
+
+
+def measure_first(name: str, mode: str, ranks: int, change: Change = Change()) -> tuple[MemoryUse, MemoryUse]:
     """(predicted, measured) of the first of `ranks`, the others not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     step = MODELS[name]()
-    program, request, plan = planned(step, mode, ranks)
+    program, request, plan = planned(step, mode, ranks, change)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        return plan.memory, measure(step, program, request, plan, alone=True)
+        return predicted(program, request, plan, change), measure(step, program, request, plan, True, change)
     finally:
         dist.destroy_process_group()
 
 
-def _real_rank(name: str, mode: str, ranks: int, folder: str) -> None:
+def _real_rank(name: str, mode: str, ranks: int, change: Change, folder: str) -> None:
     step = MODELS[name]()
-    program, request, plan = planned(step, mode, ranks)
-    found = measure(step, program, request, plan)
+    program, request, plan = planned(step, mode, ranks, change)
+    found = measure(step, program, request, plan, change=change)
     if dist.get_rank() == 0:
-        Path(folder, "found").write_text(json.dumps([asdict(plan.memory), asdict(found)]))
+        Path(folder, "found").write_text(json.dumps([asdict(predicted(program, request, plan, change)), asdict(found)]))
 
 
-def measure_real(name: str, mode: str, ranks: int) -> tuple[MemoryUse, MemoryUse]:
+def measure_real(name: str, mode: str, ranks: int, change: Change = Change()) -> tuple[MemoryUse, MemoryUse]:
     """(predicted, measured) of the first of real Gloo ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks(_real_rank, ranks, name, mode, ranks, folder)
-        predicted, found = (MemoryUse(**parts) for parts in json.loads(Path(folder, "found").read_text()))
-    return predicted, found
+        run_ranks(_real_rank, ranks, name, mode, ranks, change, folder)
+        walked, found = (MemoryUse(**parts) for parts in json.loads(Path(folder, "found").read_text()))
+    return walked, found
 
 
 # ---- comparing ------------------------------------------------------------------------------------------------------
@@ -214,6 +293,7 @@ class Row:
 
     name: str
     mode: str
+    recompute: str
     ranks: int
     predicted: MemoryUse
     measured: MemoryUse
@@ -234,14 +314,15 @@ class Row:
 
 
 def show(rows: list[Row], print_: Callable[..., None]) -> None:
-    table = Table("model", "mode", "ranks", "measured MB", "error", *PARTS, "holds")
+    table = Table("model", "mode", "recompute", "ranks", "measured MB", "error", *PARTS, "holds")
     for row in rows:
         parts = []
         for part in PARTS:
             predicted, measured = getattr(row.predicted, part), getattr(row.measured, part)
             parts.append(f"{predicted / 1e6:.2f} / {measured / 1e6:.2f}" + ("" if abs(row.excess(part)) <= 1 else " !"))
         total = f"{row.measured.total / 1e6:.2f}"
-        table.add_row(row.name, row.mode, str(row.ranks), total, f"{row.total_error:+.1%}", *parts, "yes" if row.holds else "NO")
+        names = row.name, row.mode, row.recompute, str(row.ranks)
+        table.add_row(*names, total, f"{row.total_error:+.1%}", *parts, "yes" if row.holds else "NO")
     print_(table)
     errors = [abs(row.total_error) for row in rows]
     good = sum(row.holds for row in rows)
@@ -253,17 +334,17 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--modes", nargs="*", default=["train", "inference"])
+    parser.add_argument("--recompute", nargs="*", default=["none"], choices=list(RECOMPUTE))
+    parser.add_argument("--zero", action="store_true", help="the batch is split, and every parameter at rest")
     parser.add_argument("--gloo", action="store_true", help="real ranks, each a process")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name in options.models:
-        for mode in options.modes:
-            for ranks in options.ranks:
-                real = options.gloo or (name in ROUTED and ranks > 1)
-                pair = (measure_real if real else measure_first)(name, mode, ranks)
-                rows.append(Row(name, mode, ranks, *pair))
-                print(f"{name} {mode} {ranks}: {rows[-1].total_error:+.2%}", file=sys.stderr, flush=True)
+    for name, mode, recompute, ranks in product(options.models, options.modes, options.recompute, options.ranks):
+        real = options.gloo or (name in ROUTED and ranks > 1)
+        pair = (measure_real if real else measure_first)(name, mode, ranks, Change(recompute, options.zero))
+        rows.append(Row(name, mode, recompute, ranks, *pair))
+        print(f"{name} {mode} {recompute} {ranks}: {rows[-1].total_error:+.2%}", file=sys.stderr, flush=True)
     show(rows, Console(width=190).print)
 
 
