@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from autotp.footprint import Call, Observer, Slot, Spec, contiguous
 from autotp.layouts import Layout, at_sizes, local_shape, local_size
 from autotp.ledger import PARTS, Again, Ledger, Remade, Storage
+from autotp.observed import Copy, Observed, Seen
 from autotp.plans import MemoryUse
 from autotp.price.memory import Optimizer
 from autotp.program import TensorType
@@ -60,7 +61,14 @@ def peak_memory(sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimiz
         optimizer: None for inference.
         on_cpu: see `Observer`.
     """
-    return _Walk(sharded, symbols, optimizer, on_cpu).run()
+    return observe(sharded, symbols, optimizer, on_cpu).memory
+
+
+def observe(sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimizer | None, on_cpu: bool) -> Observed:
+    """`peak_memory`, and what every call of the step did to memory on the way."""
+    walk = _Walk(sharded, symbols, optimizer, on_cpu)
+    memory = walk.run()
+    return Observed(memory, tuple(walk.seen), tuple(walk.copies))
 
 
 class _Walk:
@@ -68,6 +76,8 @@ class _Walk:
         self.sharded, self.symbols, self.optimizer = sharded, symbols, optimizer
         self.ledger, self.observer = Ledger(), Observer(on_cpu)
         self.tape: list[_Step] = []
+        self.seen: list[Seen] = []
+        self.copies: list[Copy] = []
         self.leaves: Counter[_Value] = Counter()
         """Parameters with gradient, and how many calls have yet to send them one."""
         self.marked: Mapping[str, frozenset[int]] = {}
@@ -159,7 +169,7 @@ class _Walk:
         """One node; its result, held."""
         target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         if isinstance(target, (GraphModule, Recomputing)):
-            return self.block(target, fx.map_arg(node.args, values.__getitem__))
+            return self.block(target, node.meta["repeat"], fx.map_arg(node.args, values.__getitem__))
         given = [values[name] for name in node.all_input_nodes]
         if given and isinstance(given[0], tuple):  # an item of a call with several results
             item = given[0][node.args[1]]  # type: ignore[index]
@@ -179,15 +189,17 @@ class _Walk:
         sizes = tuple(value for value in given if not isinstance(value, _Value))
         return self.call(Call(function, args, kwargs, estimate), (node, sizes), tuple(tensors), self.marked.get(node.name))
 
-    def block(self, module: GraphModule | Recomputing, arguments: Sequence[Any]) -> Any:
-        """A block."""
-        if isinstance(module, GraphModule):
-            return self.graph(module, arguments)
-        self.marked = module.marked if self.optimizer is not None else {}
-        results = self.graph(module.body, arguments)
+    def block(self, module: GraphModule | Recomputing, repeat: int, arguments: Sequence[Any]) -> Any:
+        """One copy of a repeated block."""
+        outside, self.seen = self.seen, []
+        if isinstance(module, Recomputing) and self.optimizer is not None:
+            self.marked = module.marked
+        results = self.graph(module.body if isinstance(module, Recomputing) else module, arguments)
         for storage in self.made:
             self.ledger.forget(storage)
         self.marked, self.made = {}, []
+        self.copies.append(Copy(repeat, tuple(self.seen)))
+        self.seen = outside
         return results
 
     def call(self, call: Call, key: Any, operands: tuple[_Value, ...], marked: frozenset[int] | None = None) -> Any:
@@ -216,6 +228,8 @@ class _Walk:
                 self.ledger.promise(storages[place], again.results[place])
                 self.made.append(storages[place])
             self.ledger.unrefer_call(again)
+        self.seen.append(Seen(key[0], tuple(value.storage for value in operands), tuple(value and value.storage for value in results),
+                              tuple(storages[place] for place in seen.kept)))
         made = tuple(value if same is None else None for value, same in zip(results, seen.is_same, strict=True))
         if any(value is not None and value.spec.requires_grad for value in made):
             self.tape.append(_Step(call, key, operands, made, tuple(kept)))

@@ -237,6 +237,7 @@ class _Rewriter:
             needed = [self._get(scope, self.order_of(order, ref)) for order in orders]
             scope.versions[version] = scope.call(_name(path), module, [scope.versions[ref, self.made(ref)], *needed, *sizes])
             scope.versions[version].meta["local"] = ((self.program.type_of(ref), version[1]),)
+            scope.versions[version].meta["versions"] = (version,)
         return scope.versions[version]
 
     def _emit(self, scope: _Scope, node: Node) -> None:
@@ -262,6 +263,7 @@ class _Rewriter:
         else:
             result = scope.graph.call_function(target, args, kwargs)
         result.meta["local"] = tuple(zip(node.outputs, strategy.outputs, strict=True))
+        result.meta["versions"] = tuple((Ref(node.index, place), layout) for place, layout in enumerate(strategy.outputs))
         several = len(node.outputs) > 1 or _returns_list(node.target)
         for place, layout in enumerate(strategy.outputs):
             scope.versions[Ref(node.index, place), layout] = (
@@ -420,6 +422,7 @@ class _Rewriter:
         args += [root.sizes[symbol] for symbol in block.symbols]
         name, root.modules[name] = module[0], module[1]
         result = root.graph.call_module(name, tuple(args))
+        result.meta["repeat"] = number
         for place, (ref, layout) in enumerate(block.gives):
             given = Ref(ref.node + copy * repeat.period, ref.output)
             root.versions[given, layout] = root.graph.call_function(_item, (result, place))

@@ -130,6 +130,15 @@ class ConversionPrices:
         forward, backward = self.traffic(move, tensor)
         return self.seconds(forward) + self.seconds(backward)
 
+    def forward_seconds(self, path: Sequence[Move], tensor: TensorType) -> float:
+        """Time of the forward part of several moves: what it costs to convert a tensor again in backward."""
+        moves = [move for move in path if not self.moves_nothing(move)]
+        return sum(self.seconds(self.traffic(move, tensor)[0]) for move in moves)
+
+    def moves_nothing(self, move: Move) -> bool:
+        """Whether every rank holds the same piece before and after."""
+        return move.kinds == ("S", "S") and same_pieces(self.hint(move.source), self.hint(move.target), self.mesh)
+
     def latency(self, axis: int) -> float:
         """The fixed part of an all-reduce over one axis, which a bucket pays once."""
         return latency_seconds(self.cluster, "all_reduce", axis_group(self.mesh, axis))
@@ -154,10 +163,7 @@ class PathTable:
                 stop = self.number.get(move.target)
                 if stop is None:
                     continue
-                seconds = prices.move_seconds(move, tensor)
-                if move.kinds == ("S", "S") and same_pieces(prices.hint(layout), prices.hint(move.target), prices.mesh):
-                    seconds = 0.0
-                self.cost[start, stop] = seconds
+                self.cost[start, stop] = 0.0 if prices.moves_nothing(move) else prices.move_seconds(move, tensor)
                 self._move[start, stop] = move
         self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count)[None, :], -1)
         for middle in range(count):
