@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from autotp import kpi
 from autotp.formulate import Border, Formulation, border_tensors, home_of, state_bytes
 from autotp.layouts import COLLECTIVES, Layout, Move
-from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time, code_of
+from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, RecomputePlan, Solver, Time, code_of
+from autotp.price.again import Again, again
 from autotp.price.compute import peak_flops
 from autotp.price.conversion import ConversionPrices
 from autotp.price.flops import model_flops
 from autotp.price.work import node_seconds, update_seconds
 from autotp.program import Program, Ref
+from autotp.recompute import Recomputation
 from autotp.solve import Solution
 from autotp.strategies import Space, Strategy
 from autotp.words import joined, module_strategies, words_of
@@ -99,6 +101,7 @@ def describe(
     declared: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
     notes: tuple[str, ...] = (),
     memory: MemoryUse | None = None,
+    recomputation: Recomputation | None = None,
 ) -> Plan:
     """Name every decision and add up time and collectives over the unfolded program; `memory` is None for the problem's estimate."""
     program, members = space.program, space.folding.members
@@ -128,6 +131,8 @@ def describe(
                     counts[way]["all_reduce" if traffic.primitive == "all_reduce_max" else traffic.primitive] += 1
         if bucket is not None:
             buckets.add(bucket)
+    recomputed, extra = _recomputed(space, prices, chosen, found, recomputation or Recomputation(), counts["backward"])
+    time = Time(compute + extra.compute + communication + extra.communication, compute + extra.compute, communication + extra.communication)
     names = list(axes)
     first = next((n.outputs[0] for n in program.nodes if n.kind == "input"), None)
     inputs = first.hint if first else ()
@@ -148,22 +153,75 @@ def describe(
         ),
         strategies=module_strategies(space, chosen),
         collectives={way: dict(sorted(kinds.items())) for way, kinds in counts.items()},
-        time=Time(compute + communication, compute, communication),
+        time=time,
         memory=memory,
         solver=Solver(solution.solver, solution.status, solution.gap, solution.elapsed),
-        kpi=_kpi(space, prices, Time(compute + communication, compute, communication), whole, memory.total, batch, sequence),
+        kpi=_kpi(space, prices, time, (whole, compute), memory.total, batch, sequence),
         inputs=dict(declared[0]),
         outputs=dict(declared[1]),
         replicated=replicated,
         notes=(*notes, *_idle_axes(axes, chosen)),
         dynamic=bool(program.symbols),
+        recomputed=recomputed,
     )
 
 
+def _recomputed(
+    space: Space,
+    prices: ConversionPrices,
+    chosen: Mapping[int, Strategy],
+    found: Sequence[Conversion],
+    recomputation: Recomputation,
+    collectives: Counter[str],
+) -> tuple[tuple[RecomputePlan, ...], Again]:
+    """What is made again, tensor by tensor, and the seconds of it all; what it exchanges is added to `collectives`."""
+    program, stands_for = space.program, space.folding.representative
+    paths = {(Ref(stands_for[one.ref.node], one.ref.output), one.target): one.path for one in found}
+    copies: Counter[tuple[Ref, Layout]] = Counter()
+    seconds: dict[tuple[Ref, Layout], float] = defaultdict(float)
+    compute = communication = 0.0
+    for entry in recomputation.recomputed:
+        for _ in range(entry.copies):
+            ran = set()  # an operator with several results runs once
+            for version in sorted(entry.versions, key=_place):
+                copies[version] += 1
+                path = paths.get(version, ()) if version[1] != chosen[version[0].node].outputs[version[0].output] else ()
+                call = version if path else version[0].node
+                if call in ran:
+                    continue
+                ran.add(call)
+                price = again(space, prices, chosen, paths, version)
+                seconds[version] += price.total
+                compute, communication = compute + price.compute, communication + price.communication
+                for move in path:
+                    traffic = prices.traffic(move, program.type_of(version[0]))[0]
+                    if traffic is not None and traffic.primitive in COLLECTIVES:
+                        collectives["all_reduce" if traffic.primitive == "all_reduce_max" else traffic.primitive] += 1
+    entries = []
+    for version in sorted(copies, key=_place):
+        (ref, layout), count = version, copies[version]
+        code = code_of(layout, space.dim_cuts(ref))
+        size = recomputation.sizes.get(version, 0) * count
+        entries.append(RecomputePlan(program.nodes[ref.node].name, ref.output, code, str(layout), count, seconds[version], size))
+    return tuple(entries), Again(compute, communication)
+
+
+def _place(version: tuple[Ref, Layout]) -> tuple[int, int, str]:
+    return version[0].node, version[0].output, str(version[1])
+
+
 def _kpi(
-    space: Space, prices: ConversionPrices, time: Time, alone: float, held: float, batch: int | None, sequence: int | None
+    space: Space,
+    prices: ConversionPrices,
+    time: Time,
+    work: tuple[float, float],
+    held: float,
+    batch: int | None,
+    sequence: int | None,
 ) -> dict[str, float]:
-    """The key figures of a plan; `alone` are the compute seconds of one device, `held` the peak bytes of each."""
+    """The key figures of a plan: `work` are the compute seconds of one device alone and of a rank, both without what is made again;
+    `held` are peak bytes.
+    """
     program, cluster, ranks = space.program, prices.cluster, prod(space.mesh)
     rules = {node.index: space.rules.get(space.folding.representative[node.index]) for node in program.nodes}
     by_peak: dict[float, float] = {}
@@ -173,7 +231,7 @@ def _kpi(
     return {
         "communication_to_computation": kpi.communication_to_computation(time.communication_s, time.compute_s),
         "exposed_communication_s": kpi.exposed_communication_s(time.communication_s),
-        "shard_efficiency": kpi.shard_efficiency(alone, time.compute_s, ranks),
+        "shard_efficiency": kpi.shard_efficiency(*work, ranks),
         "model_flops_utilisation": kpi.model_flops_utilisation(by_peak, time.step_s, ranks),
         "memory_fraction": kpi.memory_fraction(held, cluster.accelerator.memory_bytes),
         **kpi.rates(batch, sequence, time.step_s),

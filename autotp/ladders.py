@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -29,44 +29,47 @@ def ladders(observed: Observed, seconds: Callable[[Version], float]) -> tuple[La
         block, versions = block_of(observed, copies, seconds)
         whole = bytes_kept(block, frozenset())
         steps = tuple(
-            Rung(frozenset(versions[place] for place in made), seconds_again(block, made), whole - bytes_kept(block, made))
-            for made in rungs(block)[1:]
+            Rung(
+                frozenset(version for call in running for version in versions[call]),
+                seconds_again(block, running),
+                whole - bytes_kept(block, running),
+            )
+            for running in rungs(block)[1:]
         )
+        sizes = {made[0]: sum(s.bytes for s in block.stored if s.saved and s.maker == call) for call, made in enumerate(versions)}
         if steps:
-            found.append(Ladder(number, len(copies), steps))
+            found.append(Ladder(number, len(copies), steps, sizes))
     return tuple(found)
 
 
 def block_of(
-    observed: Observed, copies: list[Copy], seconds: Callable[[Version], float]
-) -> tuple[Block, dict[int, Version]]:
-    """The second copy of a repeated block (the first may stand behind other layouts), and the tensor behind each memory that a call makes.
+    observed: Observed, copies: Sequence[Copy], seconds: Callable[[Version], float]
+) -> tuple[Block, list[tuple[Version, ...]]]:
+    """The second copy of a repeated block (the first may stand behind other layouts), and the tensors that each call makes.
 
-    Free to keep is what is there anyway: parameters, what all copies read, what others keep. What the block gives to the outside can
-    only be kept; so can integers, which say where rows go and how many there are, and what only autograd sees (masks of dropout).
+    Free to keep is what is there anyway: parameters, what all copies read, what others keep. Integers can only be kept: they say how many
+    rows there are, and where they go. What autograd alone sees of a call (a mask of dropout) is made again with the call's results.
     """
     copy, first = copies[1], copies[0]
     elsewhere = [call for other in observed.copies if other is not copy for call in other.calls] + list(observed.calls)
     free = _all(call.kept for call in elsewhere) | (_outside(first).keys() & _outside(copy).keys())
     saved = _all(call.kept for call in copy.calls)
-    number: dict[Storage, int] = {storage: place for place, storage in enumerate(_outside(copy))}
-    made_by: dict[int, int] = {}
-    versions: dict[int, Version] = {}
+    number = {storage: place for place, storage in enumerate(_outside(copy))}
+    maker_of: dict[int, int] = {}
+    versions: list[tuple[Version, ...]] = []
     makers: list[Maker] = []
     for call in copy.calls:
-        results = [(place, storage) for place, storage in enumerate(call.made) if storage is not None and storage not in number]
-        able = [(place, storage) for place, storage in results if storage not in copy.given and _can_run_again(call, place)]
-        for _, storage in results:
-            number.setdefault(storage, len(number))
-        for storage in call.kept:
-            number.setdefault(storage, len(number))
-        for place, storage in able:
-            made_by[number[storage]] = len(makers)
-            versions[number[storage]] = call.node.meta["versions"][place]
-        if able:
-            makers.append(Maker(seconds(versions[number[able[0][1]]]), tuple(number[storage] for storage in dict.fromkeys(call.reads))))
+        able = _made_again(call)
+        for place, storage in enumerate((*call.made, *call.kept)):
+            if storage is not None and storage not in number:
+                number[storage] = len(number)
+                if able and (place in able or place >= len(call.made)):
+                    maker_of[number[storage]] = len(makers)
+        if len(makers) in maker_of.values():
+            versions.append(tuple(able.values()))
+            makers.append(Maker(seconds(versions[-1][0]), tuple(number[storage] for storage in dict.fromkeys(call.reads))))
     stored = tuple(
-        Stored(0 if storage.rests or storage in free else storage.bytes, storage in saved, made_by.get(place))
+        Stored(0 if storage.rests or storage in free else storage.bytes, storage in saved, maker_of.get(place))
         for storage, place in number.items()
     )
     return Block(stored, tuple(makers)), versions
@@ -82,12 +85,15 @@ def _outside(copy: Copy) -> dict[Storage, None]:
     return found
 
 
-def _can_run_again(call: Seen, place: int) -> bool:
-    types = call.node.meta.get("local", ())
-    if "versions" not in call.node.meta or place >= len(types):
-        return False
-    dtype: torch.dtype = types[place][0].dtype
-    return dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
+def _made_again(call: Seen) -> dict[int, Version]:
+    """Number of a result → the tensor of the program that it is, of those that can be made again."""
+    versions, types = call.node.meta.get("versions", ()), call.node.meta.get("local", ())
+    dtypes = [tensor.dtype for tensor, _ in types]
+    return {
+        place: version
+        for place, (version, dtype) in enumerate(zip(versions, dtypes, strict=True))
+        if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool
+    }
 
 
 def _all(groups: Iterable[tuple[Storage, ...]]) -> set[Storage]:

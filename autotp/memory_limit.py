@@ -1,18 +1,24 @@
-"""Plans within a memory limit: what the integer program estimates, corrected by what a walk through the plan's own graph finds."""
+"""Plans within a memory limit: other layouts, or tensors made again in backward, whichever is faster.
+
+What the integer program estimates is corrected by what a walk through the plan's own graph finds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from autotp.decisions import Decisions
+from autotp.decisions import Decisions, Recomputed
 from autotp.describe import chosen_of, conversions
 from autotp.formulate import Border, Formulation
-from autotp.liveness import peak_memory
+from autotp.ladders import ladders
+from autotp.liveness import Observed, observe
 from autotp.plans import MemoryUse
+from autotp.price.again import again
 from autotp.price.conversion import ConversionPrices
-from autotp.problem import Problem
+from autotp.problem import Problem, bytes_of, seconds_of
 from autotp.program import Ref
+from autotp.recompute import Ladder, Recomputation, recomputation
 from autotp.rewrite import rewrite
 from autotp.solve import OutOfMemoryError, OutOfTimeError, Solution, least_plan, out_of_memory, solve
 from autotp.strategies import Space
@@ -21,10 +27,40 @@ ATTEMPTS = 4
 """How often the estimate is corrected before plans with small estimates are taken."""
 SHARES = (0.0, 0.1, 0.4)
 """Where the estimates of these lie between the least and that of the fastest plan."""
+WALKS = 3
+"""How often the bytes to save are corrected before everything is made again."""
 
 
-def memory_of(space: Space, prices: ConversionPrices, border: Border, formulation: Formulation, solution: Solution) -> MemoryUse:
-    """Peak bytes per device of a solution: its graph for the first rank, which never has less than another, walked through a step."""
+@dataclass(frozen=True)
+class Walked:
+    """A plan in which nothing is made again, walked.
+
+    Attributes:
+        memory: its peak.
+        ladders: what each repeated block can make again; none in inference.
+        again: the peak if this is made again.
+    """
+
+    memory: MemoryUse
+    ladders: tuple[Ladder, ...]
+    again: Callable[[tuple[Recomputed, ...]], MemoryUse]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A solution with what is made again in backward; its peak, and the seconds of a step."""
+
+    solution: Solution
+    recomputation: Recomputation
+    memory: MemoryUse
+    seconds: float
+
+
+Walk = Callable[[Solution], Walked]
+
+
+def walk(space: Space, prices: ConversionPrices, border: Border, formulation: Formulation, solution: Solution) -> Walked:
+    """Walk a solution's graph for the first rank, which never has less than another, through a step."""
     chosen = chosen_of(space, formulation, solution)
     paths = {
         (Ref(space.folding.representative[found.ref.node], found.ref.output), found.target): found.path
@@ -32,69 +68,105 @@ def memory_of(space: Space, prices: ConversionPrices, border: Border, formulatio
     }
     decisions = Decisions(chosen, paths, dict(border.inputs), dict(border.outputs))
     first = (0,) * len(space.mesh)
-    sharded = rewrite(space, decisions, first, gradient=prices.train, device="meta")
+    optimizer = prices.optimizer if prices.train else None
     on_cpu = prices.cluster.accelerator.name.startswith("cpu")
-    return peak_memory(sharded, prices.symbols, prices.optimizer if prices.train else None, on_cpu)
+
+    def observed(recomputed: tuple[Recomputed, ...]) -> Observed:
+        sharded = rewrite(space, replace(decisions, recomputed=recomputed), first, gradient=prices.train, device="meta")
+        return observe(sharded, prices.symbols, optimizer, on_cpu)
+
+    plain = observed(())
+    options = ladders(plain, lambda version: again(space, prices, chosen, paths, version).total) if prices.train else ()
+    return Walked(plain.memory, options, lambda recomputed: observed(recomputed).memory)
 
 
-def solve_within(problem: Problem, walk: Callable[[Solution], MemoryUse], *, time_limit: float, gap: float) -> tuple[Solution, MemoryUse]:
-    """The best plan whose peak keeps the problem's limit, and that peak.
+def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float) -> Fitted:
+    """The best plan whose peak keeps the problem's limit.
 
-    The problem's bytes are a linear estimate of the peak. Solved without a limit first, it is then solved under limits that are lowered
-    (or raised) by what the estimate of the last plan missed.
+    Solved without a limit first, the fastest layouts keep the limit by making tensors again. Then the problem is solved under limits, each
+    corrected by what the estimate of bytes missed; those layouts may make again what little is still too much. The fastest of all is taken.
 
     Raises:
         OutOfMemoryError: no plan was found that keeps the limit; it names a peak that one does reach.
     """
     limit = problem.limit
-    best = solve(replace(problem, limit=None), time_limit=time_limit, gap=gap)
-    memory = walk(best)
-    tried = [(best, memory)]
-    if limit is None or memory.total <= limit:
-        return best, memory
-    missed = memory.total - best.bytes
+    free = replace(problem, limit=None)
+    fastest = solve(free, time_limit=time_limit, gap=gap)
+    walked = walk(fastest)
+    if limit is None or walked.memory.total <= limit:
+        return Fitted(fastest, Recomputation(), walked.memory, fastest.seconds)
+    fitted = _fit(free, fastest, walked, limit)
+    best = fitted if fitted.memory.total <= limit else None
+    missed = walked.memory.total - fastest.bytes
     for _ in range(ATTEMPTS):
-        if limit <= missed:
+        if limit <= missed or (best is not None and best.seconds * (1 - gap) <= fastest.seconds * (1 - fastest.gap)):
             break
         try:
             found = solve(replace(problem, limit=limit - missed), time_limit=time_limit / ATTEMPTS, gap=gap)
         except (OutOfMemoryError, OutOfTimeError):
             break
-        memory = walk(found)
+        if best is not None and seconds_of(free, found.chosen) >= best.seconds:
+            break
+        walked = walk(found)
+        other = _fit(free, found, walked, limit)
+        if other.memory.total <= limit:
+            best = other if best is None or other.seconds < best.seconds else best
+            break
+        missed = walked.memory.total - bytes_of(free, found.chosen)
+    if best is None:
+        smallest = [fitted, *(_fit(free, one, walk(one), limit) for one in _smallest(problem, fastest, time_limit=time_limit, gap=gap))]
+        fitting = [other for other in smallest if other.memory.total <= limit]
+        if not fitting:
+            raise out_of_memory(limit, min(other.memory.total for other in smallest))
+        best = min(fitting, key=lambda other: other.seconds)
+    return replace(best, solution=_judged(best, fastest))
+
+
+def _fit(free: Problem, solution: Solution, walked: Walked, limit: float) -> Fitted:
+    """A solution that makes as little again as keeps its walked peak within the limit; the smaller peak of none and all if that cannot be.
+
+    Bytes that are not kept do not all come off the peak: what is made again is there for a while, and the highest moment may be another.
+    """
+    seconds = seconds_of(free, solution.chosen)
+    nothing = Fitted(solution, Recomputation(), walked.memory, seconds)
+    if walked.memory.total <= limit or not walked.ladders:
+        return nothing
+    everything = recomputation(walked.ladders, float("inf"))
+    saved, before, wanted = 0, walked.memory.total, walked.memory.total - limit
+    for _ in range(WALKS):
+        choice = recomputation(walked.ladders, wanted)
+        if choice.bytes >= everything.bytes:
+            break
+        memory = walked.again(choice.recomputed)
         if memory.total <= limit:
-            return _judged(found, best), memory
-        tried.append((found, memory))
-        missed = memory.total - found.bytes
-    smallest = _smallest(problem, best, walk, time_limit=time_limit, gap=gap)
-    fitting = [(found, memory) for found, memory in smallest if memory.total <= limit]
-    if not fitting:
-        raise out_of_memory(limit, min(memory.total for _, memory in [*smallest, *tried]))
-    found, memory = min(fitting, key=lambda pair: pair[0].seconds)
-    return _judged(found, best), memory
+            return Fitted(solution, choice, memory, seconds + choice.seconds)
+        share = (before - memory.total) / max(choice.bytes - saved, 1)
+        saved, before = choice.bytes, memory.total
+        wanted = saved + (memory.total - limit) / min(max(share, 0.2), 1.0)
+    memory = walked.again(everything.recomputed)
+    return min(Fitted(solution, everything, memory, seconds + everything.seconds), nothing, key=lambda fitted: fitted.memory.total)
 
 
-def _judged(found: Solution, free: Solution) -> Solution:
-    """A plan within the limit, with what is really proved of it: how far it is from the bound of plans without a limit.
+def _judged(best: Fitted, free: Solution) -> Solution:
+    """The solution of a plan within the limit, with what is really proved of it: how far it is from the bound of plans without a limit.
 
     That it is the best within an estimated limit proves nothing about the limit itself.
     """
-    gap = max(0.0, 1 - free.seconds * (1 - free.gap) / found.seconds)
-    return found if gap <= found.gap else replace(found, status="feasible", gap=gap)
+    gap = max(0.0, 1 - free.seconds * (1 - free.gap) / best.seconds)
+    return replace(best.solution, status="feasible" if gap > free.gap else free.status, gap=gap)
 
 
-def _smallest(
-    problem: Problem, best: Solution, walk: Callable[[Solution], MemoryUse], *, time_limit: float, gap: float
-) -> list[tuple[Solution, MemoryUse]]:
-    """Plans with small peaks: the one with the least estimate, and the fastest ones with estimates somewhat above that.
+def _smallest(problem: Problem, fastest: Solution, *, time_limit: float, gap: float) -> list[Solution]:
+    """Solutions with small peaks: the one with the least estimate, and the fastest ones with estimates somewhat above that.
 
     The least estimate need not be the least peak.
     """
     found = [least_plan(problem, time_limit=time_limit)]
     least = found[0].bytes
     for share in SHARES:
-        allowed = replace(problem, limit=least + share * max(best.bytes - least, 0.0))
+        allowed = replace(problem, limit=least + share * max(fastest.bytes - least, 0.0))
         try:
             found.append(solve(allowed, time_limit=time_limit / ATTEMPTS, gap=max(gap, 1e-2)))
         except (OutOfMemoryError, OutOfTimeError):
             continue
-    return [(one, walk(one)) for one in found]
+    return found

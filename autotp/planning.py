@@ -15,7 +15,7 @@ from autotp.errors import AutotpError
 from autotp.fold import fold
 from autotp.formulate import Border, formulate
 from autotp.layouts import Layout
-from autotp.memory_limit import memory_of, solve_within
+from autotp.memory_limit import solve_within, walk
 from autotp.mesh import border_layouts, output_names
 from autotp.plans import Plan, code_of
 from autotp.price.cluster import Cluster
@@ -98,21 +98,22 @@ def make_plan(
     if request.data is not None:
         allowed = keep_to_batch(space, [place for place, name in enumerate(request.axes) if name in request.data], allowed)
     formulation = formulate(space, prices, border, allowed, request.memory)
-    solution, memory = solve_within(
-        formulation.problem, lambda found: memory_of(space, prices, border, formulation, found), time_limit=time_limit, gap=gap
+    fitted = solve_within(
+        formulation.problem, lambda found: walk(space, prices, border, formulation, found), time_limit=time_limit, gap=gap
     )
     plan = describe(
         space,
         prices,
         border,
         formulation,
-        solution,
+        fitted.solution,
         model=model,
         mode=request.mode,
         axes=request.axes,
         declared=_border_codes(space, border),
         notes=(*program.notes, *([COMPILED] if request.compiled else [])),
-        memory=memory,
+        memory=fitted.memory,
+        recomputation=fitted.recomputation,
     )
     check(program, space, plan)
     return plan

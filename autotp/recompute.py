@@ -12,8 +12,8 @@ again is the selective recomputation of Korthikanti et al. 2022 (arXiv:2205.0519
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import networkx
@@ -21,9 +21,6 @@ import networkx
 from autotp.decisions import Recomputed
 from autotp.layouts import Layout
 from autotp.program import Ref
-
-FEMTOSECONDS = 10**15
-"""Prices are whole numbers here, so that cuts are exact."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Stored:
     Attributes:
         bytes: what keeping it takes; 0 if it is there anyway.
         saved: whether autograd needs it in backward.
-        maker: the number of the call that can make it again; None if it can only be kept.
+        maker: the number of the call that makes it again when it runs again; None if it can only be kept.
     """
 
     bytes: int
@@ -57,89 +54,80 @@ class Block:
     makers: tuple[Maker, ...]
 
 
-def made_again(block: Block, marked: frozenset[int]) -> frozenset[int]:
-    """Those of the marked memory that backward asks for: what is saved, and what is read to make that again."""
-    asked: set[int] = set()
-    open_ = [number for number, stored in enumerate(block.stored) if stored.saved]
-    while open_:
-        number = open_.pop()
-        if number not in asked:
-            asked.add(number)
-            maker = block.stored[number].maker
-            open_ += block.makers[maker].reads if number in marked and maker is not None else ()
-    return marked & asked
+def asked_for(block: Block, marked: frozenset[int]) -> frozenset[int]:
+    """Those of the marked calls that run in backward: they make what is saved, or what one of them reads."""
+    saved = (stored.maker for stored in block.stored if stored.saved)
+    running, waiting = set[int](), [maker for maker in saved if maker in marked]
+    while waiting:
+        call = waiting.pop()
+        if call is not None and call not in running:
+            running.add(call)
+            waiting += [maker for number in block.makers[call].reads if (maker := block.stored[number].maker) in marked]
+    return frozenset(running)
 
 
-def bytes_kept(block: Block, made: frozenset[int]) -> int:
-    """Bytes that a copy keeps for backward if it makes `made` again: what is saved, and what the calls read that run again."""
+def bytes_kept(block: Block, running: frozenset[int]) -> int:
+    """Bytes that a copy keeps for backward if these calls run again: of what is saved, and of what the calls read, all that they do not
+    make.
+    """
     needed = {number for number, stored in enumerate(block.stored) if stored.saved}
-    needed.update(number for maker in _makers(block, made) for number in block.makers[maker].reads)
-    return sum(block.stored[number].bytes for number in needed - made)
+    needed.update(number for call in running for number in block.makers[call].reads)
+    return sum(block.stored[number].bytes for number in needed if block.stored[number].maker not in running)
 
 
-def seconds_again(block: Block, made: frozenset[int]) -> float:
-    """Seconds of the calls that make `made` again; a call with several results runs once."""
-    return sum(block.makers[maker].seconds for maker in sorted(_makers(block, made)))
-
-
-def _makers(block: Block, made: frozenset[int]) -> set[int]:
-    return {maker for number in made if (maker := block.stored[number].maker) is not None}
+def seconds_again(block: Block, running: frozenset[int]) -> float:
+    """Seconds of calls that run again."""
+    return sum(block.makers[call].seconds for call in sorted(running))
 
 
 def cheapest(block: Block, per_byte: int, per_femtosecond: int) -> frozenset[int]:
-    """The memory to make again so that `per_byte` · bytes kept + `per_femtosecond` · time is least; the largest of equal sets.
+    """The calls to run again so that `per_byte` · bytes kept + `per_femtosecond` · time is least; the largest of equal sets.
 
-    A minimum cut. On the source's side stand, for every memory, "needed" and "made again", and the calls that run again. Cut are: needed
-    but not made again, at its bytes; a call that runs, at its time. What is made again needs its call, and that what it reads.
+    A minimum cut. On the source's side stand the memory that is needed and the calls that run again. Cut are the edge from needed memory
+    to a maker that does not run, at its bytes, and the edge from a call that runs to the sink, at its time. A call needs what it reads.
     """
     graph = networkx.DiGraph()
     graph.add_nodes_from("st")
     for number, stored in enumerate(block.stored):
-        needed, made = ("needed", number), ("made", number)
+        needed = ("needed", number)
         if stored.saved:
             graph.add_edge("s", needed)  # an edge without capacity is never cut
-        if stored.maker is None or not stored.bytes:
-            graph.add_edge(needed, "t", capacity=stored.bytes * per_byte)
-            continue
-        graph.add_edge(needed, made, capacity=stored.bytes * per_byte)
-        graph.add_edge(made, needed)
-        graph.add_edge(made, ("call", stored.maker))
+        if stored.bytes:
+            graph.add_edge(needed, "t" if stored.maker is None else ("call", stored.maker), capacity=stored.bytes * per_byte)
     for number, maker in enumerate(block.makers):
-        if ("call", number) in graph:
-            graph.add_edge(("call", number), "t", capacity=round(maker.seconds * FEMTOSECONDS) * per_femtosecond)
-            graph.add_edges_from((("call", number), ("needed", read)) for read in maker.reads)
+        graph.add_edge(("call", number), "t", capacity=femtoseconds(maker) * per_femtosecond)
+        graph.add_edges_from((("call", number), ("needed", read)) for read in maker.reads)
     _, (source_side, _) = networkx.minimum_cut(graph, "s", "t", flow_func=networkx.algorithms.flow.boykov_kolmogorov)
-    return made_again(block, frozenset(node[1] for node in source_side if node[0] == "made"))
+    return asked_for(block, frozenset(node[1] for node in source_side if node[0] == "call"))
 
 
 def rungs(block: Block) -> tuple[frozenset[int], ...]:
-    """What to make again, for ever higher prices of a byte: from nothing to the fewest bytes; each set contains the one before.
+    """The calls that run again, for ever higher prices of a byte: from none to the fewest bytes; each set contains the one before.
 
     That they are nested: let A be best at one price and B at a higher one. The cut is submodular, so A ∪ B costs no more than B at A's
     price; it takes no less time, so it keeps no more bytes, so it costs no more than B at B's price either, and is B, the largest of
     equals.
     """
 
-    def point(made: frozenset[int]) -> tuple[int, int]:
-        return bytes_kept(block, made), sum(round(block.makers[m].seconds * FEMTOSECONDS) for m in _makers(block, made))
+    def point(running: frozenset[int]) -> tuple[int, int]:
+        return bytes_kept(block, running), sum(femtoseconds(block.makers[call]) for call in running)
 
     def between(low: frozenset[int], high: frozenset[int]) -> list[frozenset[int]]:
-        (most, least_time), (fewest, most_time) = point(low), point(high)
-        per_byte, per_femtosecond = most_time - least_time, most - fewest
-        if per_femtosecond <= 0:
-            return []
-        found = cheapest(block, per_byte, per_femtosecond)
+        (most, short), (fewest, long) = point(low), point(high)
+        found = cheapest(block, long - short, most - fewest)
         size, time = point(found)
-        if size * per_byte + time * per_femtosecond >= most * per_byte + least_time * per_femtosecond:
+        if size * (long - short) + time * (most - fewest) >= most * (long - short) + short * (most - fewest):
             return []
         return [*between(low, found), found, *between(found, high)]
 
     none: frozenset[int] = frozenset()
-    whole = 1 + sum(round(maker.seconds * FEMTOSECONDS) for maker in block.makers)
-    all_ = cheapest(block, whole, 1)
-    if bytes_kept(block, all_) == bytes_kept(block, none):
-        return (none,)
-    return (none, *between(none, all_), all_)
+    most = cheapest(block, 1 + sum(map(femtoseconds, block.makers)), 1)
+    return (none, *between(none, most), most) if bytes_kept(block, most) < bytes_kept(block, none) else (none,)
+
+
+def femtoseconds(maker: Maker) -> int:
+    """The time of a call as a whole number, so that cuts are exact."""
+    return round(maker.seconds * 1e15)
 
 
 @dataclass(frozen=True)
@@ -153,20 +141,32 @@ class Rung:
 
 @dataclass(frozen=True)
 class Ladder:
-    """The choices for the copies of a repeat, from the fewest bytes saved to the most; each makes again what the one before does."""
+    """The choices for the copies of a repeat, from the fewest bytes saved to the most; each makes again what the one before does.
+
+    `sizes` are the bytes that a copy keeps of each tensor if it does not make it again.
+    """
 
     repeat: int
     copies: int
     rungs: tuple[Rung, ...]
+    sizes: Mapping[tuple[Ref, Layout], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What is made again in a whole model, in seconds a step and bytes that a rank keeps less for backward."""
+    """What is made again in a whole model.
+
+    Attributes:
+        recomputed: the tensors, by copies of repeated blocks.
+        seconds: what that adds to a step.
+        bytes: what a rank keeps less for backward.
+        sizes: what a copy would keep of each tensor.
+    """
 
     recomputed: tuple[Recomputed, ...] = ()
     seconds: float = 0.0
     bytes: int = 0
+    sizes: Mapping[tuple[Ref, Layout], int] = field(default_factory=dict)
 
 
 def recomputation(ladders: Sequence[Ladder], bytes: float) -> Recomputation:
@@ -196,7 +196,10 @@ def recomputation(ladders: Sequence[Ladder], bytes: float) -> Recomputation:
     found = [entry for ladder, counts in zip(ladders, climbed, strict=True) for entry in _entries(ladder, counts)]
     taken = [(climbed[place][level], saved, seconds) for _, place, level, saved, seconds in steps]
     return Recomputation(
-        tuple(found), sum(count * seconds for count, _, seconds in taken), sum(count * saved for count, saved, _ in taken)
+        tuple(found),
+        sum(count * seconds for count, _, seconds in taken),
+        sum(count * saved for count, saved, _ in taken),
+        {version: size for ladder in ladders for version, size in ladder.sizes.items()},
     )
 
 

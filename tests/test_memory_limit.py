@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autotp.memory_limit import solve_within
+from autotp.memory_limit import Fitted, Walked, solve_within
 from autotp.plans import MemoryUse
 from autotp.problem import Problem, bytes_of, seconds_of
 from autotp.solve import OutOfMemoryError, Solution
@@ -16,9 +16,14 @@ def peak(problem: Problem, chosen: tuple[int, ...], factor: float) -> float:
     return factor * bytes_of(problem, chosen) + 1e7 * (sum(chosen) % 3)
 
 
-def run(problem: Problem, factor: float) -> tuple[Solution, MemoryUse]:
-    def walk(found: Solution) -> MemoryUse:
-        return MemoryUse(peak(problem, found.chosen, factor), 0.0, 0.0, 0.0, 0.0)
+def use(total: float) -> MemoryUse:
+    return MemoryUse(total, 0.0, 0.0, 0.0, 0.0)
+
+
+def run(problem: Problem, factor: float) -> Fitted:
+    def walk(found: Solution) -> Walked:
+        memory = use(peak(problem, found.chosen, factor))
+        return Walked(memory, (), lambda _: memory)
 
     return solve_within(problem, walk, time_limit=60.0, gap=1e-6)
 
@@ -29,9 +34,9 @@ def test_the_walked_peak_keeps_the_limit(seed: int, factor: float) -> None:
     free = random_problem(seed)
     sizes = sorted(peak(free, chosen, factor) for chosen in every_choice(free))
     limit = sizes[len(sizes) // 3]
-    found, memory = run(random_problem(seed, limit), factor)
-    assert memory.total == peak(free, found.chosen, factor) <= limit
-    assert found.seconds == seconds_of(free, found.chosen)
+    found = run(random_problem(seed, limit), factor)
+    assert found.memory.total == peak(free, found.solution.chosen, factor) <= limit
+    assert found.seconds == seconds_of(free, found.solution.chosen)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -43,11 +48,13 @@ def test_no_more_is_claimed_than_is_proved(seed: int) -> None:
 
     free = random_problem(seed)
     limit = sorted(map(far, every_choice(free)))[len(every_choice(free)) // 4]
-    found, _ = solve_within(
-        random_problem(seed, limit), lambda one: MemoryUse(far(one.chosen), 0.0, 0.0, 0.0, 0.0), time_limit=60.0, gap=1e-6
-    )
+
+    def walk(one: Solution) -> Walked:
+        return Walked(use(far(one.chosen)), (), lambda _: use(far(one.chosen)))
+
+    found = solve_within(random_problem(seed, limit), walk, time_limit=60.0, gap=1e-6)
     optimum = min(seconds_of(free, chosen) for chosen in every_choice(free) if far(chosen) <= limit)
-    assert optimum >= found.seconds * (1 - found.gap) * (1 - 1e-9)
+    assert optimum >= found.seconds * (1 - found.solution.gap) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -57,10 +64,10 @@ def test_the_least_that_is_named_is_the_peak_of_a_plan_and_accepted(seed: int) -
     with pytest.raises(OutOfMemoryError) as error:
         run(random_problem(seed, 0.9 * sizes[0]), 1.4)
     assert any(error.value.least == pytest.approx(size) for size in sizes)
-    assert run(random_problem(seed, 1.0005 * error.value.least), 1.4)[1].total <= 1.0005 * error.value.least
+    assert run(random_problem(seed, 1.0005 * error.value.least), 1.4).memory.total <= 1.0005 * error.value.least
 
 
 def test_without_a_limit_the_fastest_plan_is_taken() -> None:
     free = random_problem(1)
-    found, _ = run(free, 2.0)
+    found = run(free, 2.0)
     assert found.seconds == pytest.approx(min(seconds_of(free, chosen) for chosen in every_choice(free)), rel=1e-5)

@@ -10,45 +10,44 @@ import pytest
 from autotp.layouts import uniform
 from autotp.program import Ref
 from autotp.recompute import (
-    FEMTOSECONDS,
     Block,
     Ladder,
     Maker,
     Rung,
     Stored,
+    asked_for,
     bytes_kept,
     cheapest,
-    made_again,
     recomputation,
     rungs,
     seconds_again,
 )
 
 
-def random_block(seed: int, size: int = 9) -> Block:
+def random_block(seed: int, size: int = 11) -> Block:
     """Calls in a row, each with one or two results, that read what came before; the first memory comes from outside."""
     draw = random.Random(seed)
     stored, makers = [Stored(draw.randint(0, 20), False, None)], []
     while len(stored) < size:
         reads = draw.sample(range(len(stored)), min(len(stored), draw.randint(1, 3)))
-        makers.append(Maker(draw.randint(0, 9) / FEMTOSECONDS, tuple(reads)))
+        makers.append(Maker(draw.randint(0, 9) / 1e15, tuple(reads)))
         maker = None if draw.random() < 0.15 else len(makers) - 1
         stored += [Stored(draw.randint(0, 20), draw.random() < 0.5, maker) for _ in range(draw.choice((1, 1, 1, 2)))]
     return Block(tuple(stored), tuple(makers))
 
 
 def every_set(block: Block) -> list[frozenset[int]]:
-    """Every set that can be made again and is asked for."""
-    able = [number for number, stored in enumerate(block.stored) if stored.maker is not None]
-    sets = (frozenset(chosen) for count in range(len(able) + 1) for chosen in combinations(able, count))
-    return [chosen for chosen in sets if made_again(block, chosen) == chosen]
+    """Every set of calls that can run again and are asked for."""
+    numbers = range(len(block.makers))
+    sets = (frozenset(chosen) for count in range(len(numbers) + 1) for chosen in combinations(numbers, count))
+    return [chosen for chosen in sets if asked_for(block, chosen) == chosen]
 
 
-def time(block: Block, made: frozenset[int]) -> int:
-    return round(seconds_again(block, made) * FEMTOSECONDS)
+def time(block: Block, running: frozenset[int]) -> int:
+    return round(seconds_again(block, running) * 1e15)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_the_cut_is_the_best_of_all_sets(seed: int) -> None:
     block = random_block(seed)
     for per_byte in (1, 2, 5, 11):
@@ -59,7 +58,7 @@ def test_the_cut_is_the_best_of_all_sets(seed: int) -> None:
             assert per_byte * bytes_kept(block, found) + per_femtosecond * time(block, found) == least
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_the_ladder_is_the_lower_hull_of_all_sets_and_nested(seed: int) -> None:
     block = random_block(seed)
     ladder = rungs(block)
@@ -95,22 +94,19 @@ def ways(place: int) -> list[tuple[float, int]]:
     return found
 
 
-@pytest.mark.parametrize("wanted", [0, 1, 10, 29, 30, 31, 200, 260, 333, 400, 600, 630])
+@pytest.mark.parametrize("wanted", [1, 10, 29, 30, 31, 80, 200, 230, 260, 310, 333, 400, 600, 610, 630])
 def test_so_many_copies_climb_as_the_bytes_ask_for(wanted: int) -> None:
     found = recomputation(LADDERS, wanted)
     assert found.bytes >= wanted
     best = min(a + c for a, b in ways(0) for c, d in ways(1) if b + d >= wanted)
-    step = max(8.0 - 0.1, 9.0)
-    assert best - 1e-9 <= found.seconds <= best + step
+    assert best - 1e-9 <= found.seconds <= best + (0 if wanted in (10, 30, 80, 230, 310, 610, 630) else 9.0) + 1e-9  # points of the hull
     for held in LADDERS:
         entries = [entry for entry in found.recomputed if entry.repeat == held.repeat]
         assert sum(entry.copies for entry in entries) <= held.copies
         assert all(strong.versions > weak.versions for strong, weak in pairwise(entries))
-    if found.bytes == wanted:  # every such point of the hull is exact
-        assert found.seconds == pytest.approx(best)
 
 
-def test_nothing_is_made_again_without_need_and_all_if_that_is_not_enough() -> None:
+def test_nothing_runs_again_without_need_and_all_if_that_is_not_enough() -> None:
     assert recomputation(LADDERS, 0).recomputed == recomputation(LADDERS, -5).recomputed == ()
     most = recomputation(LADDERS, 10**9)
     assert most.bytes == 4 * 75 + 3 * 110
