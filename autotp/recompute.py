@@ -182,7 +182,7 @@ def recomputation(ladders: Sequence[Ladder], bytes: float) -> Recomputation:
             steps.append((seconds / saved, place, level, saved, seconds))
     steps.sort()
     climbed = [[0] * len(ladder.rungs) for ladder in ladders]
-    missing: float = bytes
+    missing = min(bytes, sum(ladders[place].copies * saved for _, place, _, saved, _ in steps))
     for _, place, level, saved, _ in steps:
         if missing <= 0:
             break

@@ -40,7 +40,8 @@ COLORS = {
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan's results as plain data, with keys that stay the same from version to version.
 
-    Times are in seconds per step, memory in bytes per device; `strategies` maps every module path to its word.
+    Times are in seconds per step, memory in bytes per device; `strategies` maps every module path to its word. What is `recomputed` is part
+    of compute and communication; its bytes are those that it would hold otherwise.
     """
     return {
         "model": plan.model,
@@ -55,10 +56,16 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "step_s": plan.time.step_s,
             "compute_s": plan.time.compute_s,
             "communication_s": plan.time.communication_s,
+            "recomputation_s": sum(entry.seconds for entry in plan.recomputed),
         },
         "memory": _memory(plan),
         "solver": {"status": plan.solver.status, "gap": plan.solver.gap, "seconds": plan.solver.seconds},
         "kpi": dict(plan.kpi),
+        "recomputed": [
+            {"tensor": entry.node, "output": entry.output, "layout": entry.shows, "copies": entry.copies, "seconds": entry.seconds,
+             "bytes": entry.bytes}
+            for entry in plan.recomputed
+        ],
     }
 
 
@@ -176,6 +183,9 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     timed.add_row("step", duration(plan.time.step_s), "")
     timed.add_row("compute", duration(plan.time.compute_s), f"{plan.time.compute_s / step:.0%}")
     timed.add_row("communication", duration(plan.time.communication_s), f"{plan.time.communication_s / step:.0%}")
+    if plan.recomputed:
+        spent = sum(entry.seconds for entry in plan.recomputed)
+        timed.add_row("of it, recomputed", duration(spent), f"{spent / step:.0%}")
     for name, shown in key_figures(plan):
         timed.add_row(name, shown, "")
     held = _grid("peak memory per device", "", "")
@@ -183,6 +193,8 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     for part, count in memory.items():
         style = "bold" if part == "total" else ""
         held.add_row(part, size(count), f"{count / memory['total']:.0%}" if memory["total"] else "", style=style)
+    if plan.recomputed:
+        held.add_row("not kept, recomputed", size(sum(entry.bytes for entry in plan.recomputed)), "", style="bright_black")
     page = Table.grid(padding=(0, 4))
     page.add_row(*([counted, timed, held] if width >= 118 else [counted, timed]))
     return [page] if width >= 118 else [page, held]

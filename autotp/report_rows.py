@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # these bring torch, which a table of clusters does not need
-    from autotp.plans import ConversionPlan, NodePlan, Plan
+    from autotp.plans import ConversionPlan, NodePlan, Plan, RecomputePlan
 
 REASONS = {
     "all_reduce": "summed",
@@ -27,7 +27,8 @@ WEIGHT_OPS = ("linear", "addmm", "embedding", "mm", "convolution", "conv1d", "co
 class Row:
     """One line of the table: a module, what its main operator does, and what its results and weights are sent through.
 
-    `traffic` has, per conversion, (collectives forward / backward, why); `seconds` counts all copies and conversions.
+    `traffic` has, per conversion, (collectives forward / backward, why), then what is recomputed; `seconds` counts all copies,
+    conversions and recomputation.
     """
 
     path: str
@@ -60,10 +61,14 @@ def rows(plan: Plan) -> list[Row]:
     for conversion in plan.conversions:
         if conversion.node in owner:
             moved.setdefault(owner[conversion.node], []).append(conversion)
+    again: dict[str, list[RecomputePlan]] = {}
+    for tensor in plan.recomputed:
+        if tensor.node in owner:
+            again.setdefault(owner[tensor.node], []).append(tensor)
     parameters = {entry.node for entries in weights.values() for entry in entries}
     place = {entry.node: number for number, entry in enumerate(plan.nodes)}
     found = [
-        _row(plan, path, entries, weights.get(path, []), moved.get(path, []), parameters)
+        _row(plan, path, entries, weights.get(path, []), moved.get(path, []), again.get(path, []), parameters)
         for path, entries in sorted(nodes.items(), key=lambda item: place[_main(item[1]).node])
     ]
     return fold_rows([row for row in found if _matters(plan, row)], list(plan.strategies))
@@ -86,6 +91,7 @@ def _row(
     nodes: Sequence[NodePlan],
     weights: Sequence[NodePlan],
     moved: Sequence[ConversionPlan],
+    again: Sequence[RecomputePlan],
     parameters: set[str],
 ) -> Row:
     main = _main(nodes)
@@ -99,6 +105,7 @@ def _row(
             names = ", ".join(dict.fromkeys(operator_name(entry.op) for entry in unruled))
             reason = f"{names}: no rule, costs {duration(sum(entry.seconds for entry in unruled))}"
         traffic = [("", reason)]
+    traffic += [("", line) for line in _recomputed(again, {entry.node: entry for entry in (*nodes, *weights)})]
     operator = operator_name(main.op)
     own = next((_layout(entry.shows) for entry in weights if entry.path.endswith("weight")), "")
     own = own or (_layout(weights[0].shows) if weights else "shared" if operator in WEIGHT_OPS else "")
@@ -110,8 +117,23 @@ def _row(
         weight=own,
         output=_layout(main.shows),
         traffic=tuple(traffic),
-        seconds=sum(entry.seconds for entry in (*nodes, *weights)) + sum(entry.seconds for entry in moved),
+        seconds=sum(entry.seconds for entry in (*nodes, *weights, *moved, *again)),
     )
+
+
+def _recomputed(again: Sequence[RecomputePlan], nodes: Mapping[str, NodePlan]) -> list[str]:
+    """What a module's layers make again in backward: `recomputed in 20 of 32 copies: softmax, dropout`."""
+    found: dict[tuple[bool, int, int], dict[str, None]] = {}
+    for tensor in again:
+        entry = nodes[tensor.node]
+        weight = entry.op == "parameter"
+        name = entry.path.rpartition(".")[2] if weight else operator_name(entry.op)
+        found.setdefault((weight, tensor.copies, entry.copies), {})[name] = None
+    lines = []
+    for (weight, copies, of), names in found.items():
+        verb = "gathered again" if weight else "recomputed"
+        lines.append(f"{verb} in {copies} of {of} copies: {', '.join(names)}")
+    return lines
 
 
 def operator_name(name: str) -> str:

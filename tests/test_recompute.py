@@ -108,6 +108,6 @@ def test_so_many_copies_climb_as_the_bytes_ask_for(wanted: int) -> None:
 
 def test_nothing_runs_again_without_need_and_all_if_that_is_not_enough() -> None:
     assert recomputation(LADDERS, 0).recomputed == recomputation(LADDERS, -5).recomputed == ()
-    most = recomputation(LADDERS, 10**9)
+    most = recomputation(LADDERS, float("inf"))
     assert most.bytes == 4 * 75 + 3 * 110
     assert [(entry.repeat, entry.copies) for entry in most.recomputed] == [(0, 4), (2, 3)]

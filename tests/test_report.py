@@ -106,11 +106,11 @@ def test_json_keys(plan: Plan) -> None:
     found = json.loads(json.dumps(to_json(plan)))
     assert list(found) == [
         *("model", "mode", "cluster", "mesh", "batch", "sequence", "strategies", "collectives"),
-        *("time", "memory", "solver", "kpi"),
+        *("time", "memory", "solver", "kpi", "recomputed"),
     ]
     assert found["strategies"]["layers.3.down"] == "row"
     assert found["collectives"] == {"forward": {"all_reduce": 4}, "backward": {"all_reduce": 1}}
-    assert list(found["time"]) == ["step_s", "compute_s", "communication_s"]
+    assert list(found["time"]) == ["step_s", "compute_s", "communication_s", "recomputation_s"]
     assert list(found["memory"]) == ["parameters", "gradients", "optimizer", "activations", "transient", "total"]
     assert found["memory"]["total"] == pytest.approx(8.6e9)
     assert list(found["solver"]) == ["status", "gap", "seconds"]
