@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from autotp.layouts import Layout
-from autotp.liveness import Copy, Observed, Seen, Storage
+from autotp.ledger import Storage
+from autotp.observed import Copy, Observed, Seen
 from autotp.program import Ref
 from autotp.recompute import Block, Ladder, Maker, Rung, Stored, bytes_kept, rungs, seconds_again
 

@@ -228,8 +228,8 @@ class _Walk:
                 self.ledger.promise(storages[place], again.results[place])
                 self.made.append(storages[place])
             self.ledger.unrefer_call(again)
-        self.seen.append(Seen(key[0], tuple(value.storage for value in operands), tuple(value and value.storage for value in results),
-                              tuple(storages[place] for place in seen.kept)))
+        here = tuple(None if value is None else value.storage for value in results)
+        self.seen.append(Seen(key[0], tuple(storages[: len(operands)]), here, tuple(storages[place] for place in seen.kept)))
         made = tuple(value if same is None else None for value, same in zip(results, seen.is_same, strict=True))
         if any(value is not None and value.spec.requires_grad for value in made):
             self.tape.append(_Step(call, key, operands, made, tuple(kept)))

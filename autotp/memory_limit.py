@@ -12,7 +12,8 @@ from autotp.decisions import Decisions, Recomputed
 from autotp.describe import chosen_of, conversions
 from autotp.formulate import Border, Formulation
 from autotp.ladders import ladders
-from autotp.liveness import Observed, observe
+from autotp.liveness import observe
+from autotp.observed import Observed
 from autotp.plans import MemoryUse
 from autotp.price.again import again
 from autotp.price.conversion import ConversionPrices

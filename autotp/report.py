@@ -17,7 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autotp.report_rows import Row, duration, operator_name, rows, size
+from autotp.report_rows import Row, duration, operator_name, recomputed_rows, rows, size
 
 if TYPE_CHECKING:  # it brings torch, which a table of clusters does not need
     from autotp.plans import Plan
@@ -77,7 +77,7 @@ def render(plan: Plan, width: int | None = None, color: bool = False) -> str:
         color: with ANSI colours.
     """
     width = width or min(max(get_terminal_size((WIDTHS[1], 0)).columns, WIDTHS[0]), WIDTHS[1])
-    parts: list[RenderableType] = [_header(plan), _modules(plan, width), *_summary(plan, width), _solver(plan)]
+    parts: list[RenderableType] = [_header(plan), _modules(plan, width), *_summary(plan, width), *_recomputed(plan, width), _solver(plan)]
     parts.extend(_marked("no rule", sentence) for sentence in _without_rule(plan))
     parts.extend(_marked("note", sentence) for sentence in plan.notes)
     return to_text(Group(*parts), width, color)
@@ -198,6 +198,20 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     page = Table.grid(padding=(0, 4))
     page.add_row(*([counted, timed, held] if width >= 118 else [counted, timed]))
     return [page] if width >= 118 else [page, held]
+
+
+def _recomputed(plan: Plan, width: int) -> list[RenderableType]:
+    """What backward makes again, if anything."""
+    if not plan.recomputed:
+        return []
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold", width=width)
+    table.add_column("recomputed in backward", overflow="fold")
+    table.add_column("tensors", overflow="fold", ratio=1)
+    for title in ("copies", "not kept", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for module, tensors, copies, count, seconds in recomputed_rows(plan):
+        table.add_row(module, tensors, copies, size(count), duration(seconds))
+    return [table]
 
 
 def key_figures(plan: Plan) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,7 @@ WEIGHT_OPS = ("linear", "addmm", "embedding", "mm", "convolution", "conv1d", "co
 class Row:
     """One line of the table: a module, what its main operator does, and what its results and weights are sent through.
 
-    `traffic` has, per conversion, (collectives forward / backward, why), then what is recomputed; `seconds` counts all copies,
-    conversions and recomputation.
+    `traffic` has, per conversion, (collectives forward / backward, why); `seconds` counts all copies and conversions.
     """
 
     path: str
@@ -61,17 +60,36 @@ def rows(plan: Plan) -> list[Row]:
     for conversion in plan.conversions:
         if conversion.node in owner:
             moved.setdefault(owner[conversion.node], []).append(conversion)
-    again: dict[str, list[RecomputePlan]] = {}
-    for tensor in plan.recomputed:
-        if tensor.node in owner:
-            again.setdefault(owner[tensor.node], []).append(tensor)
     parameters = {entry.node for entries in weights.values() for entry in entries}
     place = {entry.node: number for number, entry in enumerate(plan.nodes)}
     found = [
-        _row(plan, path, entries, weights.get(path, []), moved.get(path, []), again.get(path, []), parameters)
+        _row(plan, path, entries, weights.get(path, []), moved.get(path, []), parameters)
         for path, entries in sorted(nodes.items(), key=lambda item: place[_main(item[1]).node])
     ]
     return fold_rows([row for row in found if _matters(plan, row)], list(plan.strategies))
+
+
+def recomputed_rows(plan: Plan) -> list[tuple[str, str, str, float, float]]:
+    """What backward makes again: (module, tensors, in how many copies, bytes not kept, seconds), in the order of the program.
+
+    A tensor bears the name of its operator; `→` and a layout follow if it is converted again, as a gathered weight is.
+    """
+    nodes = {entry.node: entry for entry in plan.nodes}
+    groups: dict[tuple[str, str], list[RecomputePlan]] = {}
+    for tensor in plan.recomputed:
+        entry = nodes[tensor.node]
+        module = entry.path.rpartition(".")[0] if entry.op == "parameter" else entry.path
+        groups.setdefault((re.sub(r"\d+", "*", module, count=1), f"{tensor.copies} of {entry.copies}"), []).append(tensor)
+    found: list[tuple[str, str, str, float, float]] = []
+    for (module, copies), tensors in groups.items():
+        names = []
+        for tensor in tensors:
+            entry = nodes[tensor.node]
+            name = entry.path.rpartition(".")[2] if entry.op == "parameter" else operator_name(entry.op)
+            names.append(name if tensor.layout == entry.outputs[tensor.output] else f"{name} → ({tensor.shows})")
+        size, seconds = sum(tensor.bytes for tensor in tensors), sum(tensor.seconds for tensor in tensors)
+        found.append((module or "(model)", ", ".join(dict.fromkeys(names)), copies, size, seconds))
+    return found
 
 
 def _matters(plan: Plan, row: Row) -> bool:
@@ -91,7 +109,6 @@ def _row(
     nodes: Sequence[NodePlan],
     weights: Sequence[NodePlan],
     moved: Sequence[ConversionPlan],
-    again: Sequence[RecomputePlan],
     parameters: set[str],
 ) -> Row:
     main = _main(nodes)
@@ -105,7 +122,6 @@ def _row(
             names = ", ".join(dict.fromkeys(operator_name(entry.op) for entry in unruled))
             reason = f"{names}: no rule, costs {duration(sum(entry.seconds for entry in unruled))}"
         traffic = [("", reason)]
-    traffic += [("", line) for line in _recomputed(again, {entry.node: entry for entry in (*nodes, *weights)})]
     operator = operator_name(main.op)
     own = next((_layout(entry.shows) for entry in weights if entry.path.endswith("weight")), "")
     own = own or (_layout(weights[0].shows) if weights else "shared" if operator in WEIGHT_OPS else "")
@@ -117,23 +133,8 @@ def _row(
         weight=own,
         output=_layout(main.shows),
         traffic=tuple(traffic),
-        seconds=sum(entry.seconds for entry in (*nodes, *weights, *moved, *again)),
+        seconds=sum(entry.seconds for entry in (*nodes, *weights)) + sum(entry.seconds for entry in moved),
     )
-
-
-def _recomputed(again: Sequence[RecomputePlan], nodes: Mapping[str, NodePlan]) -> list[str]:
-    """What a module's layers make again in backward: `recomputed in 20 of 32 copies: softmax, dropout`."""
-    found: dict[tuple[bool, int, int], dict[str, None]] = {}
-    for tensor in again:
-        entry = nodes[tensor.node]
-        weight = entry.op == "parameter"
-        name = entry.path.rpartition(".")[2] if weight else operator_name(entry.op)
-        found.setdefault((weight, tensor.copies, entry.copies), {})[name] = None
-    lines = []
-    for (weight, copies, of), names in found.items():
-        verb = "gathered again" if weight else "recomputed"
-        lines.append(f"{verb} in {copies} of {of} copies: {', '.join(names)}")
-    return lines
 
 
 def operator_name(name: str) -> str:
