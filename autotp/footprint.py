@@ -23,6 +23,7 @@ from autotp.program import op_name
 
 aten = torch.ops.aten
 ATTENTION = (aten.scaled_dot_product_attention.default, functional.scaled_dot_product_attention)
+DROPOUT = (aten.dropout.default, torch.dropout)
 
 
 class Spec(NamedTuple):
@@ -130,7 +131,8 @@ class Observer:
     """Footprints of calls, each observed once.
 
     Args:
-        on_cpu: whether attention runs as on a CPU, whose fused kernel takes neither dropout nor unequal heads; other devices' do.
+        on_cpu: whether attention and dropout run as on a CPU, whose fused kernel of attention takes neither dropout nor unequal heads,
+            and which has none for dropout; other devices' do.
     """
 
     on_cpu: bool
@@ -162,7 +164,7 @@ class Observer:
 
 
 class _Fused(TorchFunctionMode):
-    """Runs attention as the kernel that the device would pick, where that is a fused one: on meta tensors PyTorch composes it."""
+    """Runs attention and dropout as the kernels that the device would pick, where these are fused: on meta tensors PyTorch composes them."""
 
     def __init__(self, on_cpu: bool) -> None:
         super().__init__()
@@ -173,7 +175,13 @@ class _Fused(TorchFunctionMode):
             fused = self.attention(*args, **(kwargs or {}))
             if fused is not None:
                 return fused
+        if func in DROPOUT and not self.on_cpu and self.masks(*args, **(kwargs or {})):
+            return torch.native_dropout(*args, **(kwargs or {}))[0]
         return func(*args, **(kwargs or {}))
+
+    def masks(self, input: Tensor, p: float, train: bool) -> bool:
+        """Whether dropout keeps a mask of booleans (`is_fused_kernel_acceptable` in ATen/native/Dropout.cpp)."""
+        return train and 0 < p < 1 and input.numel() > 0
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
