@@ -39,7 +39,7 @@ def ladders(observed: Observed, seconds: Callable[[Version], float]) -> tuple[La
         )
         sizes = {made[0]: sum(s.bytes for s in block.stored if s.saved and s.maker == call) for call, made in enumerate(versions)}
         if steps:
-            found.append(Ladder(number, len(copies), steps, sizes))
+            found.append(Ladder(number, len(copies), steps, whole, sizes))
     return tuple(found)
 
 

@@ -143,12 +143,14 @@ class Rung:
 class Ladder:
     """The choices for the copies of a repeat, from the fewest bytes saved to the most; each makes again what the one before does.
 
-    `sizes` are the bytes that a copy keeps of each tensor if it does not make it again.
+    `sizes` are the bytes that a copy keeps of each tensor if it does not make it again, `kept` those that it keeps of all, its input
+    included.
     """
 
     repeat: int
     copies: int
     rungs: tuple[Rung, ...]
+    kept: int = 0
     sizes: Mapping[tuple[Ref, Layout], int] = field(default_factory=dict)
 
 
