@@ -124,7 +124,7 @@ def describe(
             communication += 0.0 if bucket in buckets else start
         communication += price
         seconds[key] += price
-        for move in conversion.path:
+        for move in (move for move in conversion.path if not prices.is_idle(move)):
             for way, traffic in zip(("forward", "backward"), prices.traffic(move, program.type_of(conversion.ref)), strict=True):
                 merged = bucket is not None and bucket in buckets
                 if traffic is not None and traffic.primitive in COLLECTIVES and not merged:

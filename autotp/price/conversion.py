@@ -116,6 +116,10 @@ class ConversionPrices:
         backward = Traffic(move.backward, move.axis, size) if gradient and move.backward != "none" else None
         return forward, backward
 
+    def is_idle(self, move: Move) -> bool:
+        """Whether the runtime skips a move at the traced sizes, because it leads between two names of the same pieces."""
+        return move.kinds == ("S", "S") and same_pieces(self.hint(move.source), self.hint(move.target), self.mesh)
+
     def seconds(self, traffic: Traffic | None) -> float:
         """Time of one primitive. Local ones (slice, pad, mask) read and write memory."""
         if traffic is None:
@@ -132,12 +136,8 @@ class ConversionPrices:
 
     def forward_seconds(self, path: Sequence[Move], tensor: TensorType) -> float:
         """Time of the forward part of several moves: what it costs to convert a tensor again in backward."""
-        moves = [move for move in path if not self.moves_nothing(move)]
+        moves = [move for move in path if not self.is_idle(move)]
         return sum(self.seconds(self.traffic(move, tensor)[0]) for move in moves)
-
-    def moves_nothing(self, move: Move) -> bool:
-        """Whether every rank holds the same piece before and after."""
-        return move.kinds == ("S", "S") and same_pieces(self.hint(move.source), self.hint(move.target), self.mesh)
 
     def latency(self, axis: int) -> float:
         """The fixed part of an all-reduce over one axis, which a bucket pays once."""
@@ -163,7 +163,7 @@ class PathTable:
                 stop = self.number.get(move.target)
                 if stop is None:
                     continue
-                self.cost[start, stop] = 0.0 if prices.moves_nothing(move) else prices.move_seconds(move, tensor)
+                self.cost[start, stop] = 0.0 if prices.is_idle(move) else prices.move_seconds(move, tensor)
                 self._move[start, stop] = move
         self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count)[None, :], -1)
         for middle in range(count):
