@@ -110,7 +110,21 @@ def _longest_repeat(program: Program, signatures: Any, position: int, first: int
         copies = _same_wiring(program, first + position, period, copies)
         if copies >= 2 and (best is None or copies * period > best.count * best.period):
             best = Repeat(first + position, period, copies)
-    return best if best and best.period > 1 else None
+    return _in_pairs(program, best) if best and best.period > 1 else None
+
+
+def _in_pairs(program: Program, repeat: Repeat) -> Repeat | None:
+    """Copies with one matrix each, two to a block, or None where this leaves one block.
+
+    Copies share their decisions, but two matrices in a row want different ones: column-parallel, then row-parallel.
+    """
+
+    def is_matrix(ref: Ref) -> bool:
+        return program.nodes[ref.node].kind == "parameter" and len(program.type_of(ref).shape) > 1
+
+    if sum(any(map(is_matrix, program.nodes[node].inputs)) for node in repeat.instance(0)) != 1:
+        return repeat
+    return Repeat(repeat.start, 2 * repeat.period, repeat.count // 2) if repeat.count > 3 else None
 
 
 def _same_wiring(program: Program, start: int, period: int, copies: int) -> int:

@@ -33,6 +33,17 @@ def test_alternating_layers_fold_in_pairs() -> None:
     assert [(repeat.period, repeat.count) for repeat in fold(program).repeats] == [(4, 3)]
 
 
+def test_layers_of_one_matrix_fold_in_pairs() -> None:
+    """Else all would be column-parallel, or all row-parallel."""
+
+    def repeats(depth: int) -> list[tuple[int, int]]:
+        layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(depth)]
+        program = trace(nn.Sequential(*layers), (torch.randn(3, 8, requires_grad=True),), dynamic=False)
+        return [(repeat.period, repeat.count) for repeat in fold(program).repeats]
+
+    assert [repeats(depth) for depth in (3, 4, 5, 8)] == [[], [(4, 2)], [(4, 2)], [(4, 4)]]
+
+
 class Stack(nn.Module):
     """Layers without a common container; the third is wired differently."""
 
@@ -64,7 +75,7 @@ class Shared(nn.Module):
         self.layer = nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(4):
+        for _ in range(8):
             x = torch.tanh(self.layer(x))
         return x
 
@@ -72,7 +83,7 @@ class Shared(nn.Module):
 def test_a_shared_weight_stands_for_itself() -> None:
     program = trace(Shared(), (torch.randn(3, 8),), dynamic=False)
     folding = fold(program)
-    assert folding.repeats[0].count == 3  # the first copy reads an input without gradient
+    assert folding.repeats[0].count == 3  # in pairs; the first copy reads an input without gradient
     weight = program.by_name["p_layer_weight"].index
     assert folding.members[weight] == (weight,)
 
