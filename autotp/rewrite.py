@@ -211,15 +211,16 @@ class _Rewriter:
         }
 
     def _state_conversions(self, scope: _Scope, wanted: set[Version], refs: Iterable[Ref]) -> None:
-        """Convert parameters at the entrance, those that only owe a gradient reduction together."""
-        merged: dict[tuple[Move, ...], list[Version]] = {}
+        """Convert parameters at the entrance, those that only owe a gradient reduction over the same mesh axes together."""
+        merged: dict[tuple[int, ...], list[Version]] = {}
         for ref in refs:
             for layout in dict.fromkeys(layout for other, layout in sorted(wanted, key=_order) if other == ref):
                 path = self.path((ref, layout))
                 if path and all(move.kinds == ("I", "R") for move in path):
-                    merged.setdefault(path, []).append((ref, layout))
-        for path, versions in merged.items():
+                    merged.setdefault(tuple(move.axis for move in path), []).append((ref, layout))
+        for versions in merged.values():
             if len(versions) > 1:
+                path = self.path(versions[0])
                 sources = [scope.versions[ref, self.made(ref)] for ref, _ in versions]
                 bucket = scope.call("bucket", Bucket(path, len(versions)), sources)
                 for place, version in enumerate(versions):

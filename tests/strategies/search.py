@@ -77,7 +77,8 @@ def search(build: Build, args: tuple[Any, ...], axes: dict[str, int], cluster: s
 def worst_at(found: Found, build: Build, args: tuple[Any, ...]) -> float:
     """The plan's own decisions carried over to a small copy of the model in float64: the worst difference from one device.
 
-    Layouts are stored relative to each dim's candidate cuts, so that they fit a copy of the same structure at other sizes.
+    Layouts are stored relative to each dim's candidate cuts, so that they fit a copy of the same structure at other sizes. The
+    emitted module must run as many collectives as the plan claims.
     """
     torch.manual_seed(0)
     model = build()
@@ -87,7 +88,12 @@ def worst_at(found: Found, build: Build, args: tuple[Any, ...]) -> float:
     space, decisions = adopt(program, found.request, plan)
     gradient = found.request.mode == "train"
     state = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
-    return compare(space, decisions, state, args, {}, gradient=gradient).worst
+    comparison = compare(space, decisions, state, args, {}, gradient=gradient)
+    ran: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
+    for record in comparison.simulation.records:
+        ran[record.phase][record.primitive.removesuffix("_max")] += 1
+    assert ran == found.plan.collectives
+    return comparison.worst
 
 
 def _in_float64(program: Program) -> Program:
