@@ -87,7 +87,8 @@ def worst_at(found: Found, build: Build, args: tuple[Any, ...]) -> float:
     plan = replace(found.plan, program=fingerprint(program))  # which says the dtypes too
     space, decisions = adopt(program, found.request, plan)
     gradient = found.request.mode == "train"
-    state = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: tensor.detach().double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     comparison = compare(space, decisions, state, args, {}, gradient=gradient)
     ran: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
     for record in comparison.simulation.records:
