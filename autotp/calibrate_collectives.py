@@ -1,6 +1,6 @@
 """Measuring collectives between the running ranks, and the constants of the links that follow from them.
 
-What is timed is what a parallel module runs: `runtime.collectives.ProcessComm` over the groups of a mesh axis, all groups of the
+What is timed is what a parallel module runs: `runtime.comm.ProcessComm` over the groups of a mesh axis, all groups of the
 axis at once. Bytes are counted as in `autotp.price.communication.collective_seconds`.
 """
 
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp.calibrate_clock import Clock, Timing, measure
 from autotp.errors import AutotpError
 from autotp.price.cluster import KINDS, Link, Sweep
-from autotp.runtime.collectives import ProcessComm
+from autotp.runtime.comm import ProcessComm
 
 SIZES = {
     "cpu": tuple(1 << power for power in range(10, 27, 2)),
@@ -145,7 +145,7 @@ def _call(
         "reduce_scatter": lambda: comm.reduce_scatter(x, 1),
         "all_to_all": lambda: comm.all_to_all(x, 1, None, None),
     }
-    return calls[kind]
+    return lambda: comm.wait(calls[kind]())
 
 
 # ---- the links ------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 Each distinct repeated block becomes one submodule, used by all its copies. Inside it, tensors are converted where they are
 made; parameters of the block are converted at its entrance, small gradients merged into one bucket. Conversions of what a block
-takes and gives stand in the root graph, between the blocks.
+takes and gives stand in the root graph, between the blocks. There also stands what begins the conversions of a block's parameters
+early: ahead of the block before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,11 +20,12 @@ from torch import fx, nn
 from autotp import _torch
 from autotp.decisions import Decisions
 from autotp.errors import AutotpError
-from autotp.layouts import Layout, Move, SortedCut, Split, local_size, uniform
+from autotp.layouts import COLLECTIVES, Layout, Move, SortedCut, Split, local_size, uniform
 from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
 from autotp.program import Node, Ref, map_refs
 from autotp.rules.language import Local, LocalElements, LocalSize, LocalStart, call_of
 from autotp.runtime.collectives import Bucket, Convert
+from autotp.runtime.prefetch import Prefetch
 from autotp.runtime.random import RandomCall
 from autotp.runtime.recompute import Recomputing
 from autotp.runtime.sorted_rows import HeldElements, orders_in
@@ -52,10 +54,12 @@ def rewrite(
 class _Scope:
     """One graph under construction: the root, or a block. `versions` are the tensors that exist in it, by layout."""
 
+    is_block: bool = False
     graph: fx.Graph = field(default_factory=fx.Graph)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     versions: dict[Version, fx.Node] = field(default_factory=dict)
     sizes: dict[sympy.Basic, Any] = field(default_factory=dict)
+    prefetches: list[_Prefetch] = field(default_factory=list)
     elements: dict[tuple[fx.Node, Split], fx.Node] = field(default_factory=dict)
 
     def call(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> fx.Node:
@@ -66,13 +70,23 @@ class _Scope:
 
 
 @dataclass(frozen=True)
+class _Prefetch:
+    """A conversion of a block's parameters that begins before the block is called: what it takes, as tensors of the first copy."""
+
+    module: Prefetch
+    takes: tuple[Version, ...]
+    symbols: tuple[sympy.Symbol, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Block:
-    """A rewritten block: what it takes and gives, as tensors of its first copy, and the sizes it needs."""
+    """A rewritten block: what it takes and gives, as tensors of its first copy, the sizes it needs, and what begins before it."""
 
     module: fx.GraphModule
     takes: tuple[Version, ...]
     gives: tuple[Version, ...]
     symbols: tuple[sympy.Symbol, ...]
+    prefetches: tuple[_Prefetch, ...]
     nodes: dict[Version, fx.Node]
     """The graph nodes of all tensors in it."""
 
@@ -150,6 +164,8 @@ class _Rewriter:
         self._state_conversions(root, self._uses_of_root(), (Ref(n.index) for n in state if not self.belongs_to_block(Ref(n.index))))
         blocks = {number: self._block(number) for number in range(len(self.folding.repeats))}
         modules = {number: self._modules(number, blocks[number]) for number in blocks}
+        calls = iter(sorted(dict.fromkeys(self.copy_of.values()), key=lambda place: self.folding.repeats[place[0]].instance(place[1])[0]))
+        begun = self._prefetch(root, blocks, next(calls, None))
         for node in self.program.nodes:
             if node.kind != "op":
                 continue
@@ -157,7 +173,8 @@ class _Rewriter:
             if place is None:
                 self._emit(root, node)
             elif node.index == self.folding.repeats[place[0]].instance(place[1])[0]:
-                self._call_block(root, blocks[place[0]], modules[place[0]][place[1]], *place)
+                mine, begun = begun, self._prefetch(root, blocks, next(calls, None))
+                self._call_block(root, blocks[place[0]], modules[place[0]][place[1]], *place, mine)
         outputs, constants = [], {}
         for position, value in enumerate(self.program.outputs):
             if isinstance(value, Ref):
@@ -220,9 +237,10 @@ class _Rewriter:
                     merged.setdefault(tuple(move.axis for move in path), []).append((ref, layout))
         for versions in merged.values():
             if len(versions) > 1:
-                path = self.path(versions[0])
-                sources = [scope.versions[ref, self.made(ref)] for ref, _ in versions]
-                bucket = scope.call("bucket", Bucket(path, len(versions)), sources)
+                takes = [(ref, self.made(ref)) for ref, _ in versions]
+                module = Bucket(self.path(versions[0]), len(versions))
+                early = self._begin_early(scope, _Prefetch(Prefetch(module), tuple(takes)))
+                bucket = scope.call("bucket", module, [scope.versions[version] for version in takes], early)
                 for place, version in enumerate(versions):
                     scope.versions[version] = scope.graph.call_function(_item, (bucket, place))
 
@@ -236,10 +254,23 @@ class _Rewriter:
             sizes = [size_node(scope.graph, symbol, scope.sizes) for symbol in symbols]
             orders = dict.fromkeys(order for move in path for order in orders_in(move.source, move.target))
             needed = [self._get(scope, self.order_of(order, ref)) for order in orders]
-            scope.versions[version] = scope.call(_name(path), module, [scope.versions[ref, self.made(ref)], *needed, *sizes])
+            source, early = (ref, self.made(ref)), {}
+            if self.belongs_to_block(ref) and not needed and _exchanges(path, carries):
+                early = self._begin_early(scope, _Prefetch(Prefetch(module), (source,), symbols))
+            scope.versions[version] = scope.call(_name(path), module, [scope.versions[source], *needed, *sizes], early)
             scope.versions[version].meta["local"] = ((self.program.type_of(ref), version[1]),)
             scope.versions[version].meta["versions"] = (version,)
         return scope.versions[version]
+
+    def _begin_early(self, scope: _Scope, prefetch: _Prefetch) -> dict[str, fx.Node]:
+        """Let the block take a conversion that has begun before; the keyword argument to pass on to it. Nothing in the root graph."""
+        if not scope.is_block:
+            return {}
+        *_, last = (node for node in scope.graph.nodes if node.op == "placeholder")
+        with scope.graph.inserting_after(last):
+            begun = scope.graph.placeholder(f"begun{len(scope.prefetches)}")
+        scope.prefetches.append(prefetch)
+        return {"prefetched": begun}
 
     def _emit(self, scope: _Scope, node: Node) -> None:
         """One operator on local tensors."""
@@ -332,7 +363,7 @@ class _Rewriter:
             for symbol in sorted(self.program.symbols, key=str)
             if any(symbol in _all_symbols(node, self) for node in nodes)
         )
-        scope = _Scope()
+        scope = _Scope(is_block=True)
         for place, version in enumerate(takes):
             node = self.program.nodes[version[0].node]
             words = str(node.target).rsplit(".", 2)[-2:] if node.kind != "op" else [node.name]
@@ -344,7 +375,7 @@ class _Rewriter:
             self._emit(scope, node)
         gives = self._given(number, scope)
         scope.graph.output(tuple(scope.versions[version] for version in gives))
-        return _Block(_module(scope), tuple(takes), gives, symbols, scope.versions)
+        return _Block(_module(scope), tuple(takes), gives, symbols, tuple(scope.prefetches), scope.versions)
 
     def _modules(self, number: int, block: _Block) -> list[tuple[str, nn.Module]]:
         """The module that runs each copy, by name: copies that make the same tensors again share one."""
@@ -411,16 +442,36 @@ class _Rewriter:
                 found.setdefault(ref, set()).add(node.index)
         return found
 
-    def _call_block(self, root: _Scope, block: _Block, module: tuple[str, nn.Module], number: int, copy: int) -> None:
-        """One copy: pass what its block takes, name what it gives."""
+    def _counterparts(self, number: int, copy: int) -> dict[Ref, Ref]:
+        """What the first copy of a block takes → what another takes in its place."""
         repeat = self.folding.repeats[number]
-        counterpart: dict[Ref, Ref] = {}
+        found: dict[Ref, Ref] = {}
         for first, here in zip(repeat.instance(0), repeat.instance(copy), strict=True):
             nodes = self.program.nodes[first], self.program.nodes[here]
-            counterpart.update(zip(*(node.inputs for node in nodes), strict=True))
-            counterpart.update(zip(*([ref for ref, _ in self.orders(node)] for node in nodes), strict=True))
+            found.update(zip(*(node.inputs for node in nodes), strict=True))
+            found.update(zip(*([ref for ref, _ in self.orders(node)] for node in nodes), strict=True))
+        return found
+
+    def _prefetch(self, root: _Scope, blocks: Mapping[int, _Block], place: tuple[int, int] | None) -> list[fx.Node]:
+        """Begin the conversions of the parameters of one copy, if there is one."""
+        if place is None or not blocks[place[0]].prefetches:
+            return []
+        counterpart, begun = self._counterparts(*place), []
+        for number, prefetch in enumerate(blocks[place[0]].prefetches):
+            name = f"prefetch_{place[0] + 1}_{number + 1}"
+            root.modules[name] = prefetch.module
+            args = [self._get(root, (counterpart[ref], layout)) for ref, layout in prefetch.takes]
+            args += [size_node(root.graph, symbol, root.sizes) for symbol in prefetch.symbols]
+            begun.append(root.graph.call_module(name, tuple(args)))
+        return begun
+
+    def _call_block(
+        self, root: _Scope, block: _Block, module: tuple[str, nn.Module], number: int, copy: int, begun: Sequence[fx.Node]
+    ) -> None:
+        """One copy: pass what its block takes, and what has `begun` for it; name what it gives."""
+        repeat, counterpart = self.folding.repeats[number], self._counterparts(number, copy)
         args = [self._get(root, (counterpart[ref], layout)) for ref, layout in block.takes]
-        args += [root.sizes[symbol] for symbol in block.symbols]
+        args += [*(root.sizes[symbol] for symbol in block.symbols), *begun]
         name, root.modules[name] = module[0], module[1]
         result = root.graph.call_module(name, tuple(args))
         result.meta["repeat"] = number
@@ -445,6 +496,11 @@ def _name(path: tuple[Move, ...]) -> str:
     """What a conversion is called in the graph: its first primitive that communicates in either direction."""
     words = [word for move in path for word in (move.forward, move.backward)]
     return next((word for word in words if word not in ("none", "slice", "pad", "mask")), "local")
+
+
+def _exchanges(path: tuple[Move, ...], carries: bool) -> bool:
+    """Whether ranks exchange anything on the way, or, if it carries gradients, on the way back."""
+    return any(move.forward in COLLECTIVES or (carries and move.backward in COLLECTIVES) for move in path)
 
 
 def _returns_list(target: Any) -> bool:

@@ -24,7 +24,9 @@ from autotp.definitions import Mesh, coordinates
 from autotp.errors import AutotpError
 from autotp.layouts import COLLECTIVES
 from autotp.program import op_name
-from autotp.runtime.collectives import Bucket, Convert, Steps, flatten, unflatten
+from autotp.runtime.collectives import Bucket, Convert, flatten, unflatten
+from autotp.runtime.comm import Steps
+from autotp.runtime.prefetch import Prefetch
 from autotp.runtime.primitives import AllToAll, Primitive
 from autotp.runtime.random import RandomCall
 from autotp.runtime.recompute import Recomputation, Recomputing, picked
@@ -50,16 +52,25 @@ Log = Callable[[str, int, int], None]
 
 
 def _run(steps: Sequence[Steps], tensors: Sequence[Tensor], mesh: Mesh, log: Log) -> list[Tensor]:
-    """`runtime.collectives.run` for all ranks: `steps[r]` on `tensors[r]`."""
+    """`runtime.comm.run` for all ranks: `steps[r]` on `tensors[r]`."""
     values = list(tensors)
     for step in zip(*steps, strict=True):
-        sent = [one.prepare(value) for one, value in zip(step, values, strict=True)]
-        received = _exchange(step, sent, mesh)
-        if step[0].name in COLLECTIVES:
-            sizes = (x.numel() * x.element_size() for x in (*sent, *received))
-            log(step[0].name, step[0].axis, max(sizes))
-        values = [one.finish(value) for one, value in zip(step, received, strict=True)]
+        values = _finish(step, _receive(step, values, mesh, log))
     return values
+
+
+def _receive(step: Sequence[Primitive], tensors: Sequence[Tensor], mesh: Mesh, log: Log) -> list[Tensor]:
+    """One primitive up to the end of its exchange."""
+    sent = [one.prepare(value) for one, value in zip(step, tensors, strict=True)]
+    received = _exchange(step, sent, mesh)
+    if step[0].name in COLLECTIVES:
+        sizes = (x.numel() * x.element_size() for x in (*sent, *received))
+        log(step[0].name, step[0].axis, max(sizes))
+    return received
+
+
+def _finish(step: Sequence[Primitive], received: Sequence[Tensor]) -> list[Tensor]:
+    return [one.finish(value) for one, value in zip(step, received, strict=True)]
 
 
 def _exchange(step: Sequence[Primitive], sent: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:
@@ -98,16 +109,20 @@ def _rows(primitive: Primitive, sent: Tensor, members: int) -> Sequence[Tensor]:
     return sent.chunk(members) if sizes is None else sent.split(list(sizes))
 
 
+Forward = Callable[[Sequence[Tensor]], list[Tensor]]
+"""From each rank's tensor to its converted one."""
+
+
 class _Lockstep(torch.autograd.Function):
     """A `Convert` on all ranks at once: `tensors[r]` is rank `r`'s."""
 
     @staticmethod
     def forward(
-        ctx: Any, forward: list[Steps], backward: list[Steps], simulation: Simulation, *tensors: Tensor
+        ctx: Any, forward: Forward, backward: list[Steps], simulation: Simulation, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.way = backward, simulation
         ctx.set_materialize_grads(False)
-        return tuple(_run(forward, tensors, simulation.mesh, simulation.log))
+        return tuple(forward(tensors))
 
     @staticmethod
     @once_differentiable
@@ -256,8 +271,10 @@ class Simulation:
         functions: Sequence[Any] = [node.target for node in nodes]
         if nodes[0].op == "call_module":
             modules: list[Any] = [_module(graph, node) for graph, node in zip(graphs, nodes, strict=True)]
+            if isinstance(modules[0], Prefetch):
+                return lambda args, kwargs: self._begin([module.conversion for module in modules], args)
             if isinstance(modules[0], Convert):
-                return lambda args, kwargs: self._convert(modules, args)
+                return lambda args, kwargs: self._convert(modules, args, kwargs[0].get("prefetched"))
             if isinstance(modules[0], Bucket):
                 return lambda args, kwargs: self._merge(modules, args)
             if isinstance(modules[0], Recomputing):
@@ -287,14 +304,34 @@ class Simulation:
         with Recomputation(args[0]) as recomputation:
             return self._interpret(bodies, args, _Marks(recomputation, modules[0].marked))
 
-    def _convert(self, modules: Sequence[Convert], args: Sequence[Any]) -> Sequence[Any]:
+    def _begin(self, modules: Sequence[Any], args: Sequence[Any]) -> Sequence[_Begun | None]:
+        """The last exchange of a conversion, one block early; None where nothing is exchanged."""
+        nothing = [None] * len(modules)
+        if isinstance(modules[0], Bucket):
+            return nothing
+        forward = [module.steps(given[1:], given[0].device)[0] for module, given in zip(modules, args, strict=True)]
+        place = _last_exchange(forward[0])
+        if place is None:
+            return nothing
+        values = _run([steps[:place] for steps in forward], [given[0].detach() for given in args], self.mesh, self.log)
+        return [_Begun(_receive([steps[place] for steps in forward], values, self.mesh, self.log))] * len(modules)
+
+    def _convert(self, modules: Sequence[Convert], args: Sequence[Any], begun: _Begun | None) -> Sequence[Any]:
         tensors = [given[0] for given in args]
         steps = [module.steps(given[1:], given[0].device) for module, given in zip(modules, args, strict=True)]
-        forward, backward = [one[0] for one in steps], [one[1] for one in steps]
+        ways, backward = [one[0] for one in steps], [one[1] for one in steps]
+
+        def forward(values: Sequence[Tensor]) -> list[Tensor]:
+            place, received = _last_exchange(ways[0]), begun and begun.take()
+            if received is None or place is None:
+                return _run(ways, values, self.mesh, self.log)
+            ended = _finish([way[place] for way in ways], received)
+            return _run([way[place + 1 :] for way in ways], ended, self.mesh, self.log)
+
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-            return _run(forward, tensors, self.mesh, self.log)
+            return forward(tensors)
         if not modules[0].gradient:
-            return _run(forward, [tensor.detach() for tensor in tensors], self.mesh, self.log)
+            return forward([tensor.detach() for tensor in tensors])
         results: Sequence[Any] = _Lockstep.apply(forward, backward, self, *tensors)
         return results
 
@@ -306,6 +343,21 @@ class Simulation:
 
 def _method(name: str, owner: Any, *args: Any, **kwargs: Any) -> Any:
     return getattr(owner, name)(*args, **kwargs)
+
+
+class _Begun:
+    """What every rank has received early; a second time nothing, so that a conversion that is made again exchanges again."""
+
+    def __init__(self, received: list[Tensor]) -> None:
+        self.received: list[Tensor] | None = received
+
+    def take(self) -> list[Tensor] | None:
+        received, self.received = self.received, None
+        return received
+
+
+def _last_exchange(steps: Steps) -> int | None:
+    return max((place for place, step in enumerate(steps) if step.name in COLLECTIVES), default=None)
 
 
 def _module(graph: GraphModule, node: Node) -> nn.Module:
@@ -338,10 +390,10 @@ def _check_alike(graphs: Sequence[GraphModule], path: str) -> None:
         blocks = [_body(module) for module in modules if isinstance(module, (GraphModule, Recomputing))]
         if blocks:  # of every rank, as the signatures are equal
             _check_alike(blocks, f"{path}{nodes[0].name}.")
-        elif not isinstance(modules[0], (Convert, Bucket)) and _communicates(modules[0]):
+        elif not isinstance(modules[0], (Convert, Bucket, Prefetch)) and _communicates(modules[0]):
             raise AutotpError(
                 f"node {path + nodes[0].name} calls a {type(modules[0]).__name__} that communicates inside; only "
-                f"GraphModules, Recomputing, Convert and Bucket can be simulated, so let the graph call those directly"
+                f"GraphModules, Recomputing, Convert, Bucket and Prefetch can be simulated, so let the graph call those directly"
             )
 
 
@@ -357,10 +409,12 @@ def _signature(graph: GraphModule, node: Node | None) -> tuple[Any, ...]:
     if node.op != "call_module":
         return node.op, node.name, op_name(node.target), inputs
     module = _module(graph, node)
-    if isinstance(module, Convert):
-        return node.op, node.name, inputs, "Convert", module.path, module.symbols, module.gradient
-    if isinstance(module, Bucket):
-        return node.op, node.name, inputs, "Bucket", module.axis_path
-    if isinstance(module, Recomputing):
-        return node.op, node.name, inputs, "Recomputing", tuple(sorted(module.marked.items()))
-    return node.op, node.name, inputs, type(module).__name__
+    what: Any = module.conversion if isinstance(module, Prefetch) else module
+    kinds = [type(module).__name__, type(what).__name__]
+    if isinstance(what, Convert):
+        return node.op, node.name, inputs, *kinds, what.path, what.symbols, what.gradient
+    if isinstance(what, Bucket):
+        return node.op, node.name, inputs, *kinds, what.axis_path
+    if isinstance(what, Recomputing):
+        return node.op, node.name, inputs, *kinds, tuple(sorted(what.marked.items()))
+    return node.op, node.name, inputs, *kinds

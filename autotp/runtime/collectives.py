@@ -5,119 +5,21 @@ They are the only places of a sharded graph that communicate, forward or backwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import index
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.layouts import Coordinate, Move, at_sizes
-from autotp.runtime.primitives import AllToAll, Primitive, backward_primitive, forward_primitive
+from autotp.runtime.comm import Comm, Flight, Steps, finish, run, start
+from autotp.runtime.prefetch import Prefetched, Reduction, refuse_second_derivatives
+from autotp.runtime.primitives import Primitive, backward_primitive, forward_primitive
 from autotp.runtime.sorted_rows import is_sorted, sorted_primitive
-
-Steps = tuple[Primitive, ...]
-
-
-class Comm(Protocol):
-    """Exchanges between the ranks of one mesh axis. None of them modifies its input, which must be contiguous."""
-
-    def all_reduce(self, x: Tensor, axis: int, op: Literal["sum", "max"]) -> Tensor:
-        """The sum or the maximum of the ranks' tensors, of the same shape on every rank."""
-
-    def all_gather(self, x: Tensor, axis: int) -> Tensor:
-        """The ranks' tensors, of equal shapes, concatenated along dim 0."""
-
-    def reduce_scatter(self, x: Tensor, axis: int) -> Tensor:
-        """The sum of the ranks' tensors, cut into equal chunks along dim 0: this rank's chunk."""
-
-    def all_to_all(
-        self, x: Tensor, axis: int, send_sizes: Sequence[int] | None, receive_sizes: Sequence[int] | None
-    ) -> Tensor:
-        """`x` holds `send_sizes[m]` rows for every rank `m`; the `receive_sizes[m]` rows of every rank are returned.
-
-        None stands for equal sizes.
-        """
-
-
-class ProcessComm:
-    """Exchanges over the process groups of a `DeviceMesh`, Gloo or NCCL, one group for each axis.
-
-    It uses PyTorch's functional collectives: `torch.compile` traces them, and `CommDebugMode` counts each once.
-    """
-
-    def __init__(self, device_mesh: DeviceMesh) -> None:
-        self.sizes = tuple(device_mesh.shape)
-        groups = [device_mesh.get_group(axis) for axis in range(device_mesh.ndim)]
-        self.groups = tuple(group.group_name for group in groups)
-
-    def all_reduce(self, x: Tensor, axis: int, op: Literal["sum", "max"]) -> Tensor:
-        return _exchange(_torch.all_reduce, x, op, self.groups[axis])
-
-    def all_gather(self, x: Tensor, axis: int) -> Tensor:
-        carried = _carrier(x)
-        gathered = _exchange(_torch.all_gather, carried, self.sizes[axis], self.groups[axis])
-        return gathered if carried is x else _uncarry(gathered, x.dtype)
-
-    def reduce_scatter(self, x: Tensor, axis: int) -> Tensor:
-        return _exchange(_torch.reduce_scatter, x, "sum", self.sizes[axis], self.groups[axis])
-
-    def all_to_all(
-        self, x: Tensor, axis: int, send_sizes: Sequence[int] | None, receive_sizes: Sequence[int] | None
-    ) -> Tensor:
-        if send_sizes is None or receive_sizes is None:
-            send_sizes = receive_sizes = [x.shape[0] // self.sizes[axis]] * self.sizes[axis]
-        carried = _carrier(x)
-        received = _exchange(_torch.all_to_all, carried, list(receive_sizes), list(send_sizes), self.groups[axis])
-        return received if carried is x else _uncarry(received, x.dtype)
-
-
-def _exchange(collective: Callable[..., Any], x: Tensor, *args: Any) -> Tensor:
-    """A functional collective and the wait for it, without autograd, whose part `_Run` and `_Merge` do.
-
-    PyTorch's own autograd layer over these operators is written in Python and costs more than exchanging 32 KB does.
-    """
-    if torch.compiler.is_compiling():
-        received: Tensor = _torch.wait_tensor(collective(x, *args))
-        return received
-    with _torch.below_autograd():
-        received = _torch.wait_tensor(collective(x, *args))
-    return received
-
-
-def _carrier(x: Tensor) -> Tensor:
-    """A view of `x` in a dtype that every backend can move: Gloo moves neither complex numbers nor 8-bit floats."""
-    if x.is_complex():
-        return torch.view_as_real(x)
-    if x.is_floating_point() and x.dtype.itemsize == 1:
-        return x.view(torch.uint8)
-    return x
-
-
-def _uncarry(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.view_as_complex(x) if dtype.is_complex else x.view(dtype)
-
-
-def run(steps: Steps, x: Tensor, comm: Comm) -> Tensor:
-    """The primitives `steps` one after the other on this rank's tensor `x`."""
-    for step in steps:
-        x = step.prepare(x)
-        if step.name == "all_reduce":
-            x = comm.all_reduce(x, step.axis, "sum")
-        elif step.name == "all_gather":
-            x = comm.all_gather(x, step.axis)
-        elif step.name == "reduce_scatter":
-            x = comm.reduce_scatter(x, step.axis)
-        elif isinstance(step, AllToAll):
-            x = comm.all_to_all(x, step.axis, step.send_sizes, step.receive_sizes)
-        elif step.name == "all_reduce_max":
-            x = comm.all_reduce(x, step.axis, "max")
-        x = step.finish(x)
-    return x
 
 
 class _Run(torch.autograd.Function):
@@ -130,15 +32,9 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         backward, comm = ctx.way
         return run(backward, gradient, comm), None, None, None
-
-
-def _refuse_second_derivatives() -> None:
-    """Called in every backward: what a collective does there is itself not differentiable."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise AutotpError("a parallel module has no second derivatives; call backward() without create_graph=True")
 
 
 class Convert(nn.Module):
@@ -217,8 +113,27 @@ class Convert(nn.Module):
             idle = all(step.idle for step in (*forward, *backward))
             self._cache[sizes, device] = _without_none(forward), _without_none(backward), idle
 
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+    def reduction(self, rest: tuple[Any, ...], device: torch.device) -> Reduction:
+        """How the gradient goes back, in two parts."""
+        backward, comm = self._planned(rest, device)[1], self.comm
+        return Reduction(
+            lambda gradients: [start(backward, gradients[0], comm, "first")], lambda flights: (finish(flights[0], comm),)
+        )
+
+    def prefetch(self, x: Tensor, *rest: Any) -> Prefetched | None:
+        """Begin the conversion; what comes back is passed to `forward` as `prefetched`. None if there is nothing to do."""
+        forward, _, idle = self._planned(rest, x.device)
+        if idle:
+            return None
+        wanted = [x] if self.gradient and x.requires_grad and torch.is_grad_enabled() else []
+        value = start(forward, x.detach(), self.comm, "last")
+        return Prefetched((value,), self.comm, self.reduction(rest, x.device), wanted)
+
+    def forward(self, x: Tensor, *rest: Any, prefetched: Prefetched | None = None) -> Tensor:
         """The local tensor in the target layout; `x` is not modified, and itself returned if nothing is to be done."""
+        taken = None if prefetched is None else prefetched.take()
+        if taken is not None:
+            return taken[0]
         forward, backward, idle = self._planned(rest, x.device)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return run(forward, x, self.comm) if forward else x
@@ -259,8 +174,29 @@ class Bucket(nn.Module):
         self.steps = tuple(Primitive("all_reduce", move.axis) for move in reversed(axis_path))
         self.comm = _NotBound()
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def reduction(self, tensors: Sequence[Tensor]) -> Reduction:
+        """How the gradients of these tensors go back, in two parts; those that want none have none."""
+        needed = [place for place, tensor in enumerate(tensors) if tensor.requires_grad]
+        like, steps, comm = [tensors[place].detach() for place in needed], self.steps, self.comm
+
+        def begin(gradients: Sequence[Tensor]) -> list[Flight]:
+            return [start(steps, buffer, comm, "first") for buffer in flatten([gradients[place] for place in needed])]
+
+        return Reduction(begin, lambda flights: tuple(unflatten([finish(flight, comm) for flight in flights], like)))
+
+    def prefetch(self, *tensors: Tensor) -> Prefetched | None:
+        """Begin; what comes back is passed to `forward` as `prefetched`. None if no tensor wants a gradient."""
+        wanted = [tensor for tensor in tensors if tensor.requires_grad and torch.is_grad_enabled()]
+        if not wanted:
+            return None
+        values = tuple(Flight(tensor.detach()) for tensor in tensors)
+        return Prefetched(values, self.comm, self.reduction(tensors), wanted)
+
+    def forward(self, *tensors: Tensor, prefetched: Prefetched | None = None) -> tuple[Tensor, ...]:
         """The same tensors; their gradients are merged."""
+        taken = None if prefetched is None else prefetched.take()
+        if taken is not None:
+            return taken
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             result: tuple[Tensor, ...] = _Merge.apply(self.steps, self.comm, *tensors)
             return result
@@ -281,7 +217,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         steps, comm = ctx.way
         needed = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need]
         buffers = flatten([gradients[i] for i in needed])

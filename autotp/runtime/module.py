@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from autotp._torch import dtensor_wrapper, gradient_hooks, local_of, tree_unflatten
 from autotp.errors import AutotpError
 from autotp.runtime.arguments import Arguments
-from autotp.runtime.collectives import ProcessComm, bind
+from autotp.runtime.collectives import bind
+from autotp.runtime.comm import ProcessComm
 from autotp.runtime.function import plain_function
 from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
 from autotp.sharded import Sharded, StateSpec

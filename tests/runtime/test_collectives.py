@@ -31,7 +31,8 @@ from autotp.layouts import (
     plain_cut,
     uniform,
 )
-from autotp.runtime.collectives import Bucket, Convert, ProcessComm, bind
+from autotp.runtime.collectives import Bucket, Convert, bind
+from autotp.runtime.comm import ProcessComm
 from autotp.sharded import Sharded
 from autotp.simulate import Simulation
 
@@ -130,19 +131,19 @@ def every_move(rank: int, count: int) -> None:
 
 def each_dtype(rank: int, comm: ProcessComm) -> None:
     """Every collective in every dtype of PyTorch that a model is likely to use, and the empty tensor."""
-    ones = torch.ones(4, 2)
+    ones, wait = torch.ones(4, 2), comm.wait
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.complex64):
         x = (ones * (rank + 1)).to(dtype)
-        assert torch.equal(comm.all_reduce(x, 0, "sum"), (ones * 3).to(dtype))
-        assert torch.equal(comm.reduce_scatter(x, 0), (ones[:2] * 3).to(dtype))
+        assert torch.equal(wait(comm.all_reduce(x, 0, "sum")), (ones * 3).to(dtype))
+        assert torch.equal(wait(comm.reduce_scatter(x, 0)), (ones[:2] * 3).to(dtype))
         if not dtype.is_complex:
-            assert torch.equal(comm.all_reduce(x, 0, "max"), (ones * 2).to(dtype))
+            assert torch.equal(wait(comm.all_reduce(x, 0, "max")), (ones * 2).to(dtype))
     for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e4m3fn):
         pair = [(torch.arange(4.0) >= 2 * member).to(dtype)[:, None] for member in range(2)]
-        same(comm.all_gather(pair[rank], 0), pair)
-        received = comm.all_to_all(pair[rank], 0, (3, 1), ((3, 3), (1, 1))[rank])
+        same(wait(comm.all_gather(pair[rank], 0)), pair)
+        received = wait(comm.all_to_all(pair[rank], 0, (3, 1), ((3, 3), (1, 1))[rank]))
         same(received, [one[:3] if rank == 0 else one[3:] for one in pair])
-    assert comm.all_reduce(torch.empty(0, 3), 0, "sum").shape == (0, 3)
+    assert wait(comm.all_reduce(torch.empty(0, 3), 0, "sum")).shape == (0, 3)
 
 
 def same(found: Tensor, parts: list[Tensor]) -> None:

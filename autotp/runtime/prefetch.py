@@ -1,0 +1,133 @@
+"""Exchanges for parameters beside computation: gathers begin a block early, reductions of gradients are waited for a block late.
+
+One autograd function is called where the gather begins, ahead of the block before, another in the block, where the gathered tensor is
+used. Backward, the second begins the reduction, and the first waits for it: the engine takes, of the functions that are ready, the one
+that was called last in the forward, so that the backward of the block between comes first. All gradients are complete when `backward()`
+returns, and reach the parameters as any others do: summed over several uses, seen by hooks, accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from autotp.errors import AutotpError
+from autotp.runtime.comm import Comm, Flight, finish
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the gradients of converted tensors go back, in two parts.
+
+    Attributes:
+        begin: from the gradients of the converted tensors to the exchanges that are then under way.
+        end: waits for these; the gradients of the tensors before the conversion.
+    """
+
+    begin: Callable[[Sequence[Tensor]], list[Flight]]
+    end: Callable[[list[Flight]], tuple[Tensor, ...]]
+
+
+class Prefetched:
+    """Conversions that are under way, for one call of one block.
+
+    Args:
+        values: the tensors as far as they are converted.
+        comm: what waits for them.
+        reduction: how their gradients go back.
+        tensors: those before the conversion that want a gradient, in the order in which `reduction` gives them.
+    """
+
+    def __init__(self, values: tuple[Flight, ...], comm: Comm, reduction: Reduction, tensors: Sequence[Tensor]) -> None:
+        self._values, self._comm, self._begin = values, comm, reduction.begin
+        self._pending = _Pending(reduction.end)
+        self._token: Tensor | None = _Wait.apply(self._pending, *tensors) if tensors else None
+
+    def take(self) -> tuple[Tensor, ...] | None:
+        """The converted tensors; a second time None, so that nothing but their user holds them."""
+        if not self._values:
+            return None
+        found = tuple(finish(value, self._comm) for value in self._values)
+        token, self._token, self._values = self._token, None, ()
+        if token is None:
+            return found
+        linked: tuple[Tensor, ...] = _Use.apply(token, self._begin, self._pending, *found)
+        return linked
+
+
+class _Pending:
+    """The reductions of one backward between their begin and their end."""
+
+    def __init__(self, end: Callable[[list[Flight]], tuple[Tensor, ...]]) -> None:
+        self.end = end
+        self.flights: list[Flight] = []
+
+    def land(self) -> tuple[Tensor, ...]:
+        """The gradients; whatever the exchanges needed is given up."""
+        flights, self.flights = self.flights, []
+        return self.end(flights)
+
+
+class _Wait(torch.autograd.Function):
+    """Makes a token of parameters. Backward, waits for the gradients that `_Use` has sent on their way."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: _Pending, *tensors: Tensor) -> Tensor:
+        ctx.pending = pending
+        return tensors[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        return None, *ctx.pending.land()
+
+
+class _Use(torch.autograd.Function):
+    """The converted tensors, tied to the token. Backward, sends their gradients on their way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, begin: Callable[[Sequence[Tensor]], list[Flight]], pending: _Pending, *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.way = begin, pending
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        begin, pending = ctx.way
+        pending.flights = begin(gradients)
+        return gradients[0].new_zeros(()), None, None, *(None for _ in gradients)
+
+
+def refuse_second_derivatives() -> None:
+    """Called in every backward: what a collective does there is itself not differentiable."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise AutotpError("a parallel module has no second derivatives; call backward() without create_graph=True")
+
+
+class Conversion(Protocol):
+    """A module that converts tensors and can begin to do so early: `Convert` or `Bucket`."""
+
+    def prefetch(self, *args: Any) -> Prefetched | None:
+        """Begin; None if there is nothing to exchange."""
+
+
+class Prefetch(nn.Module):
+    """Begins a conversion of the next block's parameters: `forward(*args)` takes what the conversion takes.
+
+    The result is passed to the conversion as `prefetched`. While `torch.compile` traces it is None, and the conversion does everything
+    at its place: the compiler orders exchanges itself.
+    """
+
+    def __init__(self, conversion: Conversion) -> None:
+        super().__init__()
+        self.conversion = conversion
+
+    def forward(self, *args: Any) -> Prefetched | None:
+        """The conversion under way."""
+        return None if torch.compiler.is_compiling() else self.conversion.prefetch(*args)
