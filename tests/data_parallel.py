@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.decisions import Decisions
 from autotp.describe import conversions
-from autotp.formulate import Border
 from autotp.layouts import COLLECTIVES
 from autotp.planning import Request, prepare, traced_sizes
 from autotp.price.cluster import Link, load_cluster
