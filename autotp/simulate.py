@@ -322,7 +322,7 @@ class Simulation:
         ways, backward = [one[0] for one in steps], [one[1] for one in steps]
 
         def forward(values: Sequence[Tensor]) -> list[Tensor]:
-            place, received = _last_exchange(ways[0]), begun and begun.take()
+            place, received = _last_exchange(ways[0]), None if begun is None else begun.take()
             if received is None or place is None:
                 return _run(ways, values, self.mesh, self.log)
             ended = _finish([way[place] for way in ways], received)
