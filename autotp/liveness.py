@@ -8,7 +8,7 @@ copies, but its calls are observed once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx import GraphModule
 
+from autotp.flights import Alone, Journey
 from autotp.footprint import Call, Observer, Slot, Spec, contiguous
 from autotp.layouts import Layout, at_sizes, local_shape, local_size
 from autotp.ledger import PARTS, Again, Ledger, Remade, Storage
@@ -23,7 +24,8 @@ from autotp.observed import Copy, Observed, Seen
 from autotp.plans import MemoryUse
 from autotp.price.memory import Optimizer
 from autotp.program import TensorType
-from autotp.runtime.collectives import bind
+from autotp.runtime.collectives import Bucket, bind
+from autotp.runtime.prefetch import Prefetch
 from autotp.runtime.random import RandomCall
 from autotp.runtime.recompute import Recomputing
 from autotp.runtime.sorted_rows import HeldElements
@@ -38,15 +40,32 @@ class _Value:
     storage: Storage
 
 
+@dataclass(eq=False)
+class _Early:
+    """A conversion that has begun early: what is under way, held, forward and then backward; `token` stands between the two ends of
+    its gradients' way."""
+
+    journey: Journey
+    operands: tuple[_Value, ...]
+    values: tuple[_Value, ...]
+    token: _Value
+    gradients: tuple[_Value, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[_Value, ...]:
+        """The parameters that get a gradient."""
+        return tuple(value for value, wants in zip(self.operands, self.journey.wants_gradient, strict=True) if wants)
+
+
 @dataclass(frozen=True)
 class _Step:
     """One call on the way back: what it was called with, what came out, and what autograd keeps for it, or makes again."""
 
-    call: Call
+    call: Call | _Early
     key: Any
     operands: tuple[_Value, ...]
     results: tuple[_Value | None, ...]
-    kept: tuple[Storage | Remade, ...]
+    kept: tuple[Storage | Remade, ...] = ()
 
 
 def peak_memory(sharded: Sharded, symbols: Mapping[Any, int], optimizer: Optimizer | None, on_cpu: bool) -> MemoryUse:
@@ -85,7 +104,7 @@ class _Walk:
         self.made: list[Storage] = []
         self.calls = 0
         self.schedules: dict[GraphModule, list[tuple[fx.Node, tuple[fx.Node, ...]]]] = {}
-        bind(sharded.graph, _Alone(sharded.mesh))
+        bind(sharded.graph, Alone(sharded.mesh))
 
     def run(self) -> MemoryUse:
         """Walk one step."""
@@ -171,6 +190,10 @@ class _Walk:
         if isinstance(target, (GraphModule, Recomputing)):
             return self.block(target, node.meta["repeat"], fx.map_arg(node.args, values.__getitem__))
         given = [values[name] for name in node.all_input_nodes]
+        if isinstance(target, Prefetch):
+            return self.begin(target, given)
+        if isinstance(early := given[-1] if given else None, _Early):
+            return self.end(early, self.marked.get(node.name))
         if given and isinstance(given[0], tuple):  # an item of a call with several results
             item = given[0][node.args[1]]  # type: ignore[index]
             self.hold(item)
@@ -236,6 +259,46 @@ class _Walk:
             self.leaves.update(value for value in set(operands) if value in self.leaves)
         return tuple(results) if seen.several else results[0]
 
+    def begin(self, prefetch: Prefetch, given: Sequence[Any]) -> _Early | None:
+        """A conversion that begins early, if there is anything to begin."""
+        operands = tuple(value for value in given if isinstance(value, _Value))
+        rest = tuple(value for value in given if not isinstance(value, _Value))
+        journey = Journey(prefetch.conversion, rest, tuple(value.spec for value in operands))  # type: ignore[arg-type]
+        if not journey.is_needed:
+            return None
+        plain = tuple(_Value(value.spec._replace(requires_grad=False), value.storage) for value in operands)
+        early = _Early(journey, operands, self.part(journey, journey.begin, plain), self.value(contiguous((), torch.float32, True)))
+        if early.wanted:
+            self.tape.append(_Step(early, None, early.wanted, (early.token,)))
+            self.leaves.update(early.wanted)
+        return early
+
+    def end(self, early: _Early, marked: frozenset[int] | None) -> Any:
+        """The converted tensors, held; nothing else holds them any more."""
+        found = self.part(early.journey, early.journey.end, early.values[: len(early.operands)])
+        self.release(early.values)
+        wants = bool(early.wanted)
+        results = tuple(_Value(value.spec._replace(requires_grad=wants), value.storage) for value in found)
+        if wants:
+            self.tape.append(_Step(early, None, (early.token,), results))
+        conversion = early.journey.conversion
+        if isinstance(conversion, Bucket):
+            return results
+        storage = results[0].storage
+        if marked is not None and not storage.rests:
+            again = self.again(Call(conversion, (Slot(0), *early.journey.rest), {}), early.journey, early.operands)
+            again.results[0] = Remade(again, storage.bytes)
+            self.ledger.promise(storage, again.results[0])
+            self.made.append(storage)
+            self.ledger.unrefer_call(again)
+        return results[0]
+
+    def part(self, journey: Journey, function: Callable[..., Any], operands: tuple[_Value, ...]) -> tuple[_Value, ...]:
+        """What a part of a conversion gives, held. No autograd."""
+        slots = tuple(Slot(place) for place in range(len(operands)))
+        found: tuple[_Value, ...] = self.call(Call(function, slots, {}), (journey, function.__name__), operands)
+        return found
+
     def again(self, call: Call, key: Any, operands: tuple[_Value, ...]) -> Again:
         """The call as it may be made again, referred to."""
         self.calls += 1
@@ -290,6 +353,9 @@ class _Walk:
 
     def step_back(self, step: _Step, arrived: tuple[_Value | None, ...], pending: dict[_Value, _Value]) -> None:
         """The backward of one call: from the gradients of its results to those of its operands."""
+        if isinstance(step.call, _Early):
+            self.early_back(step.call, step, arrived, pending)
+            return
         for kept in step.kept:
             if isinstance(kept, Remade):
                 self.make(kept)
@@ -309,6 +375,25 @@ class _Walk:
         uses = Counter(gradient for _, gradient in made)
         for operand, gradient in made:
             self.arrive(operand, gradient, pending, uses[gradient] > 1)
+
+    def early_back(self, early: _Early, step: _Step, arrived: tuple[_Value | None, ...], pending: dict[_Value, _Value]) -> None:
+        """The gradients of converted parameters begin their way, or end it."""
+        if step.results == (early.token,):
+            ended = self.part(early.journey, early.journey.end_back, early.gradients[: len(early.gradients) // 2])
+            self.release((arrived, early.gradients))
+            early.gradients = ()
+            for operand, gradient in zip(early.wanted, ended, strict=True):
+                self.arrive(operand, gradient, pending, False)
+            return
+        given: list[_Value] = []
+        for result, found in zip(step.results, arrived, strict=True):
+            assert result is not None
+            given.append(self.value(contiguous(result.spec.shape, result.spec.dtype)) if found is None else found)
+            self.hold(given[-1] if found is None else None)  # zeros
+        early.gradients = self.part(early.journey, early.journey.begin_back, tuple(given))
+        self.release(given)
+        pending[early.token] = self.value(contiguous((0,), torch.float32))
+        self.hold(pending[early.token])
 
     def arrive(self, value: _Value, gradient: _Value, pending: dict[_Value, _Value], shared: bool) -> None:
         """A gradient of `value`, held: added to what came before, in memory of its own; that of a parameter is copied if it is not
@@ -339,28 +424,6 @@ class _Walk:
         assert self.optimizer is not None
         needs = [self.optimizer.temporary_bytes(value.spec.shape, value.spec.dtype.itemsize) for value in self.leaves]
         self.ledger.look(max(needs, default=0))
-
-
-class _Alone:
-    """`runtime.collectives.Comm` for a rank without others: results of the right sizes."""
-
-    def __init__(self, mesh: tuple[int, ...]) -> None:
-        self.mesh = mesh
-
-    def all_reduce(self, x: torch.Tensor, axis: int, op: str) -> torch.Tensor:
-        return torch.empty_like(x)
-
-    def all_gather(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        return x.new_empty((x.shape[0] * self.mesh[axis], *x.shape[1:]))
-
-    def reduce_scatter(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        return x.new_empty((x.shape[0] // self.mesh[axis], *x.shape[1:]))
-
-    def wait(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def all_to_all(self, x: torch.Tensor, axis: int, send_sizes: Sequence[int] | None, receive_sizes: Sequence[int] | None) -> torch.Tensor:
-        return x.new_empty((x.shape[0] if receive_sizes is None else sum(receive_sizes), *x.shape[1:]))
 
 
 def _slotted(tree: Any, values: dict[fx.Node, Any], tensors: list[_Value]) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.layouts import Coordinate, Move, at_sizes
-from autotp.runtime.comm import Comm, Flight, Steps, finish, run, start
+from autotp.runtime.comm import Comm, Flight, Steps, run, start
 from autotp.runtime.prefetch import Prefetched, Reduction, refuse_second_derivatives
 from autotp.runtime.primitives import Primitive, backward_primitive, forward_primitive
 from autotp.runtime.sorted_rows import is_sorted, sorted_primitive
@@ -85,6 +85,10 @@ class Convert(nn.Module):
             self._plan(sizes, device)
         return self._cache[sizes, device]
 
+    def is_idle(self, rest: tuple[Any, ...], device: torch.device) -> bool:
+        """Whether the tensor, and its gradient, stay on this rank as they are."""
+        return self._planned(rest, device)[2]
+
     def _path_at(self, sizes: tuple[int, ...]) -> list[Move]:
         """The path at these sizes, plain ints."""
         values = dict(zip(self.symbols, sizes, strict=True))
@@ -115,10 +119,7 @@ class Convert(nn.Module):
 
     def reduction(self, rest: tuple[Any, ...], device: torch.device) -> Reduction:
         """How the gradient goes back, in two parts."""
-        backward, comm = self._planned(rest, device)[1], self.comm
-        return Reduction(
-            lambda gradients: [start(backward, gradients[0], comm, "first")], lambda flights: (finish(flights[0], comm),)
-        )
+        return Reduction(self._planned(rest, device)[1], self.comm, tuple, tuple)
 
     def prefetch(self, x: Tensor, *rest: Any) -> Prefetched | None:
         """Begin the conversion; what comes back is passed to `forward` as `prefetched`. None if there is nothing to do."""
@@ -127,7 +128,7 @@ class Convert(nn.Module):
             return None
         wanted = [x] if self.gradient and x.requires_grad and torch.is_grad_enabled() else []
         value = start(forward, x.detach(), self.comm, "last")
-        return Prefetched((value,), self.comm, self.reduction(rest, x.device), wanted)
+        return Prefetched((value,), self.reduction(rest, x.device), wanted)
 
     def forward(self, x: Tensor, *rest: Any, prefetched: Prefetched | None = None) -> Tensor:
         """The local tensor in the target layout; `x` is not modified, and itself returned if nothing is to be done."""
@@ -177,12 +178,12 @@ class Bucket(nn.Module):
     def reduction(self, tensors: Sequence[Tensor]) -> Reduction:
         """How the gradients of these tensors go back, in two parts; those that want none have none."""
         needed = [place for place, tensor in enumerate(tensors) if tensor.requires_grad]
-        like, steps, comm = [tensors[place].detach() for place in needed], self.steps, self.comm
+        like = [tensors[place].detach() for place in needed]
 
-        def begin(gradients: Sequence[Tensor]) -> list[Flight]:
-            return [start(steps, buffer, comm, "first") for buffer in flatten([gradients[place] for place in needed])]
+        def pack(gradients: Sequence[Tensor]) -> list[Tensor]:
+            return flatten([gradients[place] for place in needed])
 
-        return Reduction(begin, lambda flights: tuple(unflatten([finish(flight, comm) for flight in flights], like)))
+        return Reduction(self.steps, self.comm, pack, lambda buffers: unflatten(buffers, like))
 
     def prefetch(self, *tensors: Tensor) -> Prefetched | None:
         """Begin; what comes back is passed to `forward` as `prefetched`. None if no tensor wants a gradient."""
@@ -190,7 +191,7 @@ class Bucket(nn.Module):
         if not wanted:
             return None
         values = tuple(Flight(tensor.detach()) for tensor in tensors)
-        return Prefetched(values, self.comm, self.reduction(tensors), wanted)
+        return Prefetched(values, self.reduction(tensors), wanted)
 
     def forward(self, *tensors: Tensor, prefetched: Prefetched | None = None) -> tuple[Tensor, ...]:
         """The same tensors; their gradients are merged."""

@@ -140,13 +140,19 @@ def start(steps: Steps, x: Tensor, comm: Comm, exchange: Literal["first", "last"
     A gathered tensor grows from exchange to exchange, a reduced one shrinks: the last of a gather and the first of a reduction
     move the most bytes, and are the ones to have under way while something else is computed.
     """
+    left = under_way(steps, exchange)
+    x = run(steps[: len(steps) - len(left)], x, comm)
+    if not left:
+        return Flight(x)
+    sent = left[0].prepare(x)
+    received = _begin(left[0], sent, comm)
+    return Flight(received, left, None if left[0].name in ("all_reduce", "all_reduce_max") else sent)
+
+
+def under_way(steps: Steps, exchange: Literal["first", "last"]) -> Steps:
+    """The primitives from the first or the last exchange on; none if there is no exchange."""
     places = [place for place, step in enumerate(steps) if step.name in COLLECTIVES]
-    if not places:
-        return Flight(run(steps, x, comm))
-    place = places[0 if exchange == "first" else -1]
-    sent = steps[place].prepare(run(steps[:place], x, comm))
-    received = _begin(steps[place], sent, comm)
-    return Flight(received, steps[place:], None if steps[place].name in ("all_reduce", "all_reduce_max") else sent)
+    return steps[places[0 if exchange == "first" else -1] :] if places else ()
 
 
 def finish(flight: Flight, comm: Comm) -> Tensor:

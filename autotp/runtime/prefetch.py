@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp.errors import AutotpError
-from autotp.runtime.comm import Comm, Flight, finish
+from autotp.runtime.comm import Comm, Flight, Steps, finish, start
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,23 @@ class Reduction:
     """How the gradients of converted tensors go back, in two parts.
 
     Attributes:
-        begin: from the gradients of the converted tensors to the exchanges that are then under way.
-        end: waits for these; the gradients of the tensors before the conversion.
+        steps, comm: what each exchanged tensor goes through.
+        pack: from the gradients of the converted tensors to the tensors that are exchanged.
+        unpack: from what has come of these to the gradients of the tensors before the conversion.
     """
 
-    begin: Callable[[Sequence[Tensor]], list[Flight]]
-    end: Callable[[list[Flight]], tuple[Tensor, ...]]
+    steps: Steps
+    comm: Comm
+    pack: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    unpack: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+    def begin(self, gradients: Sequence[Tensor]) -> list[Flight]:
+        """Begin the exchanges."""
+        return [start(self.steps, packed, self.comm, "first") for packed in self.pack(gradients)]
+
+    def end(self, flights: Sequence[Flight]) -> tuple[Tensor, ...]:
+        """Wait for them; the gradients of the tensors before the conversion."""
+        return tuple(self.unpack([finish(flight, self.comm) for flight in flights]))
 
 
 class Prefetched:
@@ -37,14 +48,12 @@ class Prefetched:
 
     Args:
         values: the tensors as far as they are converted.
-        comm: what waits for them.
         reduction: how their gradients go back.
         tensors: those before the conversion that want a gradient, in the order in which `reduction` gives them.
     """
 
-    def __init__(self, values: tuple[Flight, ...], comm: Comm, reduction: Reduction, tensors: Sequence[Tensor]) -> None:
-        self._values, self._comm, self._begin = values, comm, reduction.begin
-        self._pending = _Pending(reduction.end)
+    def __init__(self, values: tuple[Flight, ...], reduction: Reduction, tensors: Sequence[Tensor]) -> None:
+        self._values, self._comm, self._pending = values, reduction.comm, _Pending(reduction)
         self._token: Tensor | None = _Wait.apply(self._pending, *tensors) if tensors else None
 
     def take(self) -> tuple[Tensor, ...] | None:
@@ -55,21 +64,25 @@ class Prefetched:
         token, self._token, self._values = self._token, None, ()
         if token is None:
             return found
-        linked: tuple[Tensor, ...] = _Use.apply(token, self._begin, self._pending, *found)
+        linked: tuple[Tensor, ...] = _Use.apply(token, self._pending, *found)
         return linked
 
 
 class _Pending:
     """The reductions of one backward between their begin and their end."""
 
-    def __init__(self, end: Callable[[list[Flight]], tuple[Tensor, ...]]) -> None:
-        self.end = end
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
         self.flights: list[Flight] = []
 
-    def land(self) -> tuple[Tensor, ...]:
+    def begin(self, gradients: Sequence[Tensor]) -> None:
+        """Send gradients on their way."""
+        self.flights = self.reduction.begin(gradients)
+
+    def end(self) -> tuple[Tensor, ...]:
         """The gradients; whatever the exchanges needed is given up."""
         flights, self.flights = self.flights, []
-        return self.end(flights)
+        return self.reduction.end(flights)
 
 
 class _Wait(torch.autograd.Function):
@@ -83,25 +96,22 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        return None, *ctx.pending.land()
+        return None, *ctx.pending.end()
 
 
 class _Use(torch.autograd.Function):
     """The converted tensors, tied to the token. Backward, sends their gradients on their way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, token: Tensor, begin: Callable[[Sequence[Tensor]], list[Flight]], pending: _Pending, *values: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.way = begin, pending
+    def forward(ctx: Any, token: Tensor, pending: _Pending, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.pending = pending
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        begin, pending = ctx.way
-        pending.flights = begin(gradients)
-        return gradients[0].new_zeros(()), None, None, *(None for _ in gradients)
+        ctx.pending.begin(gradients)
+        return gradients[0].new_zeros(()), None, *(None for _ in gradients)
 
 
 def refuse_second_derivatives() -> None:

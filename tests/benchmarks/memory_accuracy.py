@@ -200,7 +200,7 @@ def predicted(program: Program, request: Request, plan: Plan, change: Change) ->
 
 
 class Mirror:
-    """`runtime.collectives.Comm` for a rank whose partners all hold what it holds itself."""
+    """`runtime.comm.Comm` for a rank whose partners all hold what it holds itself."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
@@ -217,6 +217,9 @@ class Mirror:
     def all_to_all(self, x: Tensor, axis: int, send_sizes: Sequence[int] | None, receive_sizes: Sequence[int] | None) -> Tensor:
         rows = x.shape[0] if receive_sizes is None else sum(receive_sizes)
         return torch.index_select(x, 0, torch.arange(rows) % x.shape[0])
+
+    def wait(self, x: Tensor) -> Tensor:
+        return x
 
 
 def measure(
