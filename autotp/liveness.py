@@ -225,8 +225,13 @@ class _Walk:
         self.seen = outside
         return results
 
-    def call(self, call: Call, key: Any, operands: tuple[_Value, ...], marked: frozenset[int] | None = None) -> Any:
-        """An operator or conversion: its results, held; `marked` ones are not kept, nor what else is kept of a call that has any."""
+    def call(
+        self, call: Call, key: Any, operands: tuple[_Value, ...], marked: frozenset[int] | None = None, ends: frozenset[int] = frozenset()
+    ) -> Any:
+        """An operator or conversion: its results, held; `marked` ones are not kept, nor what else is kept of a call that has any.
+
+        `ends` are results that end as gradients of parameters.
+        """
         seen = self.observer.forward(call, key, tuple(value.spec for value in operands))
         storages = [*(value.storage for value in operands), *map(Storage, seen.new)]
         kept: list[Storage | Remade] = [storages[place].remade or storages[place] for place in seen.kept]
@@ -237,7 +242,8 @@ class _Walk:
         for place, needed in zip(seen.kept, kept, strict=True):
             if place < len(operands):  # these are kept before the kernel runs
                 self.ledger.refer(needed)
-        self.ledger.look(seen.peak)
+        final = {found[1] for number in ends if (found := seen.results[number])}
+        self.ledger.look(seen.peak, sum(storages[place].bytes for place in final if place >= len(operands)))
         results: list[_Value | None] = []
         for found, same in zip(seen.results, seen.is_same, strict=True):
             results.append(None if found is None else operands[same] if same is not None else _Value(found[0], storages[found[1]]))
@@ -293,10 +299,11 @@ class _Walk:
             self.ledger.unrefer_call(again)
         return results[0]
 
-    def part(self, journey: Journey, function: Callable[..., Any], operands: tuple[_Value, ...]) -> tuple[_Value, ...]:
+    def part(
+        self, journey: Journey, function: Callable[..., Any], operands: tuple[_Value, ...], ends: frozenset[int] = frozenset()
+    ) -> tuple[_Value, ...]:
         """What a part of a conversion gives, held. No autograd."""
-        slots = tuple(Slot(place) for place in range(len(operands)))
-        found: tuple[_Value, ...] = self.call(Call(function, slots, {}), (journey, function.__name__), operands)
+        found: tuple[_Value, ...] = self.call(*_part(journey, function, len(operands)), operands, None, ends)
         return found
 
     def again(self, call: Call, key: Any, operands: tuple[_Value, ...]) -> Again:
@@ -390,10 +397,23 @@ class _Walk:
             assert result is not None
             given.append(self.value(contiguous(result.spec.shape, result.spec.dtype)) if found is None else found)
             self.hold(given[-1] if found is None else None)  # zeros
-        early.gradients = self.part(early.journey, early.journey.begin_back, tuple(given))
+        ends = self.ends(early, given, pending)
+        early.gradients = self.part(early.journey, early.journey.begin_back, tuple(given), ends)
         self.release(given)
+        for number in ends:
+            self.ledger.change(early.gradients[number].storage, rests="gradients")
         pending[early.token] = self.value(contiguous((0,), torch.float32))
         self.hold(pending[early.token])
+
+    def ends(self, early: _Early, given: Sequence[_Value], pending: Mapping[_Value, _Value]) -> frozenset[int]:
+        """Which of the tensors that the exchanges bring are parameters' gradients at last, by number."""
+        journey = early.journey
+        begun = self.observer.forward(*_part(journey, journey.begin_back, len(given)), tuple(value.spec for value in given)).results
+        received = tuple(found[0] for found in begun[: len(begun) // 2] if found)
+        ended = self.observer.forward(*_part(journey, journey.end_back, len(received)), received).results
+        alone = [self.leaves[value] == 1 and value not in pending for value in early.wanted]
+        places = {found[1] for found, only in zip(ended, alone, strict=True) if found and only}
+        return frozenset(place for place in places if place < len(received))
 
     def arrive(self, value: _Value, gradient: _Value, pending: dict[_Value, _Value], shared: bool) -> None:
         """A gradient of `value`, held: added to what came before, in memory of its own; that of a parameter is copied if it is not
@@ -424,6 +444,11 @@ class _Walk:
         assert self.optimizer is not None
         needs = [self.optimizer.temporary_bytes(value.spec.shape, value.spec.dtype.itemsize) for value in self.leaves]
         self.ledger.look(max(needs, default=0))
+
+
+def _part(journey: Journey, function: Callable[..., Any], operands: int) -> tuple[Call, Any]:
+    """A part of a conversion as a call, and its key."""
+    return Call(function, tuple(Slot(place) for place in range(operands)), {}), (journey, function.__name__)
 
 
 def _slotted(tree: Any, values: dict[fx.Node, Any], tensors: list[_Value]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autotp import footprint
+from autotp import flights, footprint
 from autotp.errors import AutotpError
 from autotp.planning import Request, make_plan
 from autotp.plans import MemoryUse
@@ -85,6 +85,30 @@ def test_what_is_made_again_is_counted_to_a_few_bytes_and_less(change: Change) -
     slack = 0.002 * pair[1].total
     assert all(abs(difference) <= slack for difference in differences(pair).values()), differences(pair)
     assert pair[1].total < 0.97 * kept[1].total and pair[1].activations < kept[1].activations
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens: parameters, and what they are gathered into, are most of the memory."""
+
+    def make() -> Step:
+        torch.manual_seed(0)
+        ids, labels = torch.randint(0, 300, (2, 2, 4))
+        return Step(Small(6), (ids, labels), {})
+
+    monkeypatch.setitem(memory_accuracy.MODELS, "narrow", make)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("recompute", ["none", "weights"])
+def test_what_is_under_way_counts(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights gathered for the next block, gradients that are still reduced: the peak of ZeRO-3, which lies in backward."""
+    change = memory_accuracy.Change(recompute, zero=True)
+    pair = memory_accuracy.measure_first("narrow", "train", 2, change)
+    assert all(abs(difference) <= 500 for difference in differences(pair).values()), differences(pair)
+    monkeypatch.setattr(flights.Journey, "is_needed", False)
+    blind = memory_accuracy.measure_first("narrow", "train", 2, change)
+    assert blind[1] == pair[1] and blind[0].total < 0.98 * pair[0].total
 
 
 @pytest.mark.usefixtures("small")
