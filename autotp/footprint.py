@@ -164,7 +164,7 @@ class Observer:
 
 
 class _Fused(TorchFunctionMode):
-    """Runs attention and dropout as the kernels that the device would pick, where these are fused: on meta tensors PyTorch composes them."""
+    """Runs attention and dropout as the fused kernels that the device would pick: on meta tensors PyTorch composes them."""
 
     def __init__(self, on_cpu: bool) -> None:
         super().__init__()

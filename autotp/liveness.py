@@ -193,7 +193,7 @@ class _Walk:
         if isinstance(target, Prefetch):
             return self.begin(target, given)
         if isinstance(early := given[-1] if given else None, _Early):
-            return self.end(early, self.marked.get(node.name))
+            return self.end(early, node)
         if given and isinstance(given[0], tuple):  # an item of a call with several results
             item = given[0][node.args[1]]  # type: ignore[index]
             self.hold(item)
@@ -257,8 +257,9 @@ class _Walk:
                 self.ledger.promise(storages[place], again.results[place])
                 self.made.append(storages[place])
             self.ledger.unrefer_call(again)
-        here = tuple(None if value is None else value.storage for value in results)
-        self.seen.append(Seen(key[0], tuple(storages[: len(operands)]), here, tuple(storages[place] for place in seen.kept)))
+        if isinstance(key[0], fx.Node):
+            here = tuple(None if value is None else value.storage for value in results)
+            self.seen.append(Seen(key[0], tuple(storages[: len(operands)]), here, tuple(storages[place] for place in seen.kept)))
         made = tuple(value if same is None else None for value, same in zip(results, seen.is_same, strict=True))
         if any(value is not None and value.spec.requires_grad for value in made):
             self.tape.append(_Step(call, key, operands, made, tuple(kept)))
@@ -279,7 +280,7 @@ class _Walk:
             self.leaves.update(early.wanted)
         return early
 
-    def end(self, early: _Early, marked: frozenset[int] | None) -> Any:
+    def end(self, early: _Early, node: fx.Node) -> Any:
         """The converted tensors, held; nothing else holds them any more."""
         found = self.part(early.journey, early.journey.end, early.values[: len(early.operands)])
         self.release(early.values)
@@ -291,7 +292,8 @@ class _Walk:
         if isinstance(conversion, Bucket):
             return results
         storage = results[0].storage
-        if marked is not None and not storage.rests:
+        self.seen.append(Seen(node, tuple(value.storage for value in early.operands), (storage,), ()))
+        if node.name in self.marked and not storage.rests:
             again = self.again(Call(conversion, (Slot(0), *early.journey.rest), {}), early.journey, early.operands)
             again.results[0] = Remade(again, storage.bytes)
             self.ledger.promise(storage, again.results[0])
