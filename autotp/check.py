@@ -25,6 +25,7 @@ import sympy
 import torch
 
 from autotp.check_pieces import is_sorted_split, rank_fault, sorted_fault, unsorted
+from autotp.check_recomputed import recomputed_fault
 from autotp.errors import AutotpError
 from autotp.layouts import MOVES, Layout, at_sizes, cut_size, uniform
 from autotp.mesh import output_names
@@ -40,6 +41,8 @@ Place = tuple[str, int]
 
 def check(program: Program, space: Space, plan: Plan) -> None:
     """Check that a plan is type-correct: legal layouts, each tensor converted to what its consumers want, nothing else.
+
+    What is recomputed must be made inside repeated blocks.
 
     Args:
         program: the model that the plan is for.
@@ -61,6 +64,9 @@ def check(program: Program, space: Space, plan: Plan) -> None:
         else:
             _check_rest(context, node, layouts[index].outputs[0], inputs.get(index))
     _check_conversions(context, layouts, _wanted(context, layouts, outputs))
+    fault = recomputed_fault(program, space.folding, plan, layouts, context.layout)
+    if fault is not None:
+        _fail(fault)
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -62,7 +62,7 @@ def recomputable(space: Space, decisions: Decisions, repeat: int) -> tuple[tuple
     for index in block:
         strategy = decisions.chosen[index]
         for ref, layout in zip(program.nodes[index].inputs, strategy.operands, strict=True):
-            is_own = program.nodes[ref.node].kind != "input" and program.nodes[ref.node].kind != "op" and len(folding.members[ref.node]) > 1
+            is_own = program.nodes[ref.node].kind not in ("input", "op") and len(folding.members.get(ref.node, ())) > 1
             if (ref.node in block or is_own) and layout != decisions.chosen[ref.node].outputs[ref.output]:
                 found[ref, layout] = None
         for output, layout in enumerate(strategy.outputs):
@@ -96,14 +96,34 @@ def read_plan(space: Space, plan: Plan, inputs: dict[int, Layout], outputs: dict
         chosen[index] = _strategy(space, index, entry.key, entry.operands, entry.outputs)
     paths = {}
     for conversion in plan.conversions:
-        ref = Ref(_node(program, conversion.node), conversion.output)
+        ref = Ref(_node(program, conversion.node, "converts"), conversion.output)
         cuts = space.dim_cuts(ref)
         stations = [layout_of(code, cuts) for code in conversion.layouts]
         moves = []
         for source, target in pairwise(stations):
             moves.append(Move(_moved_axis(source, target, conversion.node), source, target))
         paths[ref, stations[-1]] = tuple(moves)
-    return Decisions(chosen, paths, inputs, outputs)
+    return Decisions(chosen, paths, inputs, outputs, _recomputed(space, plan))
+
+
+def _recomputed(space: Space, plan: Plan) -> tuple[Recomputed, ...]:
+    """Entries by tensor, each for the first copies of a block, as sets of tensors for copies that follow each other."""
+    program, folding = space.program, space.folding
+    entries: dict[int, list[tuple[int, tuple[Ref, Layout]]]] = {}
+    for entry in plan.recomputed:
+        ref = Ref(_node(program, entry.node, "recomputes"), entry.output)
+        users = [ref.node] if program.nodes[ref.node].kind == "op" else [user for user, _ in program.users.get(ref, ())]
+        home = next((number for number, repeat in enumerate(folding.repeats) if set(users).intersection(repeat.instance(0))), None)
+        if home is None or not 0 <= ref.output < len(program.nodes[ref.node].outputs):
+            raise AutotpError(f"the plan recomputes {entry.node!r}, which no repeated block of this model makes: plan this model again")
+        entries.setdefault(home, []).append((entry.copies, (ref, layout_of(entry.layout, space.dim_cuts(ref)))))
+    found = []
+    for home, pairs in sorted(entries.items()):
+        before = 0
+        for copies in sorted({copies for copies, _ in pairs}):
+            found.append(Recomputed(home, copies - before, frozenset(version for least, version in pairs if least >= copies)))
+            before = copies
+    return tuple(found)
 
 
 def _moved_axis(source: Layout, target: Layout, name: str) -> int:
@@ -118,10 +138,10 @@ def _moved_axis(source: Layout, target: Layout, name: str) -> int:
     raise AutotpError(f"the plan converts {name} from ({source}) to ({target}), which is no single move: plan this model again")
 
 
-def _node(program: Program, name: str) -> int:
+def _node(program: Program, name: str, does: str) -> int:
     node = program.by_name.get(name)
     if node is None:
-        raise AutotpError(f"the plan converts a tensor of {name!r}, which this model does not have: plan this model again")
+        raise AutotpError(f"the plan {does} a tensor of {name!r}, which this model does not have: plan this model again")
     return node.index
 
 

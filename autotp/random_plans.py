@@ -51,8 +51,8 @@ def random_recomputed(space: Space, decisions: Decisions, seed: int) -> Decision
         left = repeat.count
         while left and versions:
             copies, share = random.randint(1, left), random.choice((0.1, 0.5, 1.0))
-            drawn = frozenset(version for version in versions if random.random() < share)
-            found.append(Recomputed(number, copies, drawn))
+            drawn = {version for version in versions if random.random() < share} | {random.choice(versions)}
+            found.append(Recomputed(number, copies, frozenset(drawn)))
             left -= copies
     return replace(decisions, recomputed=tuple(found))
 

@@ -386,8 +386,8 @@ class _Rewriter:
             found += [same] * pattern.copies
         return found + [(name, block.module)] * (self.folding.repeats[number].count - len(found))
 
-    def _recomputing(self, block: _Block, versions: Iterable[Version]) -> Recomputing:
-        """The same block, which does not keep some of its tensors.
+    def _recomputing(self, block: _Block, versions: Iterable[Version]) -> nn.Module:
+        """The same block, which does not keep some of its tensors (the block itself if these are none).
 
         Raises:
             AutotpError: it does not make one of them.
@@ -403,7 +403,7 @@ class _Rewriter:
                 call, place = node.args if node.target is _item else (node, 0)
                 assert isinstance(call, fx.Node) and isinstance(place, int)
                 marked[call.name] = marked.get(call.name, frozenset()) | {place}
-        return Recomputing(block.module, marked)
+        return Recomputing(block.module, marked) if marked else block.module
 
     def _given(self, number: int, scope: _Scope) -> tuple[Version, ...]:
         """What any copy's outside needs from the block: as made, or as converted inside anyway. Named after the first copy."""

@@ -222,14 +222,13 @@ class Mirror:
         return x
 
 
-def measure(
-    step: Step, program: Program, request: Request, plan: Plan, alone: bool = False, change: Change = Change()
-) -> MemoryUse:
-    """What this rank allocates; `alone`: without the other ranks of its process group."""
+def module_of(
+    step: Step, program: Program, request: Request, plan: Plan, change: Change, alone: bool = False
+) -> tuple[ParallelModule, tuple[Any, ...], dict[str, Any]]:
+    """This rank's module, and what it passes to it; `alone`: without the other ranks of its process group."""
     mesh = init_device_mesh("cpu", request.mesh, mesh_dim_names=tuple(request.axes))
     space, decisions = adopted(program, request, plan, change)
-    train = request.mode == "train"
-    sharded = rewrite(space, decisions, (dist.get_rank(),), gradient=train)
+    sharded = rewrite(space, decisions, (dist.get_rank(),), gradient=request.mode == "train")
     seed_module(sharded.graph, 0)
     values, mode = state_values(step.model, program), mode_of_graph(step.model, program)
     module = ParallelModule(
@@ -238,8 +237,16 @@ def measure(
     )  # fmt: skip
     if alone:
         bind(sharded.graph, Mirror(request.mesh))
+    return module, *own_part(sharded, step)
+
+
+def measure(
+    step: Step, program: Program, request: Request, plan: Plan, alone: bool = False, change: Change = Change()
+) -> MemoryUse:
+    """What this rank allocates."""
+    module, args, kwargs = module_of(step, program, request, plan, change, alone)
+    train = request.mode == "train"
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]) if train else None
-    args, kwargs = own_part(sharded, step)
     if optimizer is not None:
         loss_of(module(*args, **kwargs)).backward()
         optimizer.step()
