@@ -42,7 +42,7 @@ class Sharded:
         graph: an `fx.GraphModule`, a pure function. It takes the local tensors of `state` in order, then the local tensors of
             `inputs` in order; it returns a flat tuple: the local tensors of `outputs`, then the new value of each of `updates`.
             Its `call_module` targets are `Convert`/`Bucket` modules (the only places that communicate) and block `GraphModule`s,
-            which are nested in the same way.
+            which are nested in the same way, or stand in a `Recomputing` module.
         state, inputs, outputs: what lies where.
         updates: names of the buffers that the forward changes (their layout is that of the buffer).
         mesh: size of each mesh axis; `coordinate`: this rank's place on it.
