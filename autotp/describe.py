@@ -178,13 +178,15 @@ def _recomputed(
     program, stands_for = space.program, space.folding.representative
     paths = {(Ref(stands_for[one.ref.node], one.ref.output), one.target): one.path for one in found}
     copies: Counter[tuple[Ref, Layout]] = Counter()
+    spared: Counter[tuple[Ref, Layout]] = Counter()
     seconds: dict[tuple[Ref, Layout], float] = defaultdict(float)
     compute = communication = 0.0
-    for entry in recomputation.recomputed:
-        for _ in range(entry.copies):
+    for group, rung in recomputation.groups:
+        for _ in range(group.copies):
             ran = set()  # an operator with several results runs once
-            for version in sorted(entry.versions, key=_place):
+            for version in sorted(group.versions, key=_place):
                 copies[version] += 1
+                spared[version] += rung.tensors[version]
                 path = paths.get(version, ()) if version[1] != chosen[version[0].node].outputs[version[0].output] else ()
                 call = version if path else version[0].node
                 if call in ran:
@@ -201,8 +203,8 @@ def _recomputed(
     for version in sorted(copies, key=_place):
         (ref, layout), count = version, copies[version]
         code = code_of(layout, space.dim_cuts(ref))
-        size = recomputation.sizes.get(version, 0) * count
-        entries.append(RecomputePlan(program.nodes[ref.node].name, ref.output, code, str(layout), count, seconds[version], size))
+        name = program.nodes[ref.node].name
+        entries.append(RecomputePlan(name, ref.output, code, str(layout), count, seconds[version], spared[version]))
     return tuple(entries), Again(compute, communication)
 
 

@@ -10,7 +10,7 @@ from autotp.layouts import Layout
 from autotp.ledger import Storage
 from autotp.observed import Copy, Observed, Seen
 from autotp.program import Ref
-from autotp.recompute import Block, Ladder, Maker, Rung, Stored, bytes_kept, rungs, seconds_again
+from autotp.recompute import Block, Ladder, Maker, Rung, Stored, bytes_freed, bytes_kept, rungs, seconds_again
 
 Version = tuple[Ref, Layout]
 
@@ -28,19 +28,16 @@ def ladders(observed: Observed, seconds: Callable[[Version], float]) -> tuple[La
     found = []
     for number, copies in repeats.items():
         block, versions = block_of(observed, copies, seconds)
-        whole = bytes_kept(block, frozenset())
-        steps = tuple(
-            Rung(
-                frozenset(version for call in running for version in versions[call]),
-                seconds_again(block, running),
-                whole - bytes_kept(block, running),
-            )
-            for running in rungs(block)[1:]
-        )
-        sizes = {made[0]: sum(s.bytes for s in block.stored if s.saved and s.maker == call) for call, made in enumerate(versions)}
+        steps = [Rung(_spared(block, versions, running), seconds_again(block, running)) for running in rungs(block)[1:]]
         if steps:
-            found.append(Ladder(number, len(copies), steps, whole, sizes))
+            found.append(Ladder(number, len(copies), tuple(steps), bytes_kept(block, frozenset())))
     return tuple(found)
+
+
+def _spared(block: Block, versions: Sequence[tuple[Version, ...]], running: frozenset[int]) -> dict[Version, int]:
+    """The tensors that these calls make, with the bytes that they spare; of several results of a call the first bears them."""
+    freed = bytes_freed(block, running)
+    return {version: freed[call] if place == 0 else 0 for call in freed for place, version in enumerate(versions[call])}
 
 
 def block_of(

@@ -60,14 +60,21 @@ class Fitted:
 Walk = Callable[[Solution], Walked]
 
 
-def walk(space: Space, prices: ConversionPrices, border: Border, formulation: Formulation, solution: Solution) -> Walked:
-    """Walk a solution's graph for the first rank, which never has less than another, through a step."""
+def decisions_of(
+    space: Space, prices: ConversionPrices, border: Border, formulation: Formulation, solution: Solution
+) -> Decisions:
+    """What a solution decides, with nothing made again."""
     chosen = chosen_of(space, formulation, solution)
     paths = {
         (Ref(space.folding.representative[found.ref.node], found.ref.output), found.target): found.path
         for found in conversions(space, chosen, border, prices)
     }
-    decisions = Decisions(chosen, paths, dict(border.inputs), dict(border.outputs))
+    return Decisions(chosen, paths, dict(border.inputs), dict(border.outputs))
+
+
+def walk(space: Space, prices: ConversionPrices, border: Border, formulation: Formulation, solution: Solution) -> Walked:
+    """Walk a solution's graph for the first rank, which never has less than another, through a step."""
+    decisions = decisions_of(space, prices, border, formulation, solution)
     first = (0,) * len(space.mesh)
     optimizer = prices.optimizer if prices.train else None
     on_cpu = prices.cluster.accelerator.name.startswith("cpu")
@@ -77,7 +84,7 @@ def walk(space: Space, prices: ConversionPrices, border: Border, formulation: Fo
         return observe(sharded, prices.symbols, optimizer, on_cpu)
 
     plain = observed(())
-    options = ladders(plain, lambda version: again(space, prices, chosen, paths, version).total) if prices.train else ()
+    options = ladders(plain, lambda version: again(space, prices, decisions.chosen, decisions.paths, version).total) if prices.train else ()
     return Walked(plain.memory, options, lambda recomputed: observed(recomputed).memory)
 
 
@@ -120,7 +127,7 @@ def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float)
         if not fitting:
             raise out_of_memory(limit, min(other.memory.total for other in smallest))
         best = min(fitting, key=lambda other: other.seconds)
-    return replace(best, solution=_judged(best, fastest))
+    return replace(best, solution=_judged(best, fastest, gap))
 
 
 def _fit(free: Problem, solution: Solution, walked: Walked, limit: float) -> Fitted:
@@ -148,13 +155,13 @@ def _fit(free: Problem, solution: Solution, walked: Walked, limit: float) -> Fit
     return min(Fitted(solution, everything, memory, seconds + everything.seconds), nothing, key=lambda fitted: fitted.memory.total)
 
 
-def _judged(best: Fitted, free: Solution) -> Solution:
+def _judged(best: Fitted, free: Solution, gap: float) -> Solution:
     """The solution of a plan within the limit, with what is really proved of it: how far it is from the bound of plans without a limit.
 
     That it is the best within an estimated limit proves nothing about the limit itself.
     """
-    gap = max(0.0, 1 - free.seconds * (1 - free.gap) / best.seconds)
-    return replace(best.solution, status="feasible" if gap > free.gap else free.status, gap=gap)
+    proven = max(0.0, 1 - free.seconds * (1 - free.gap) / best.seconds)
+    return replace(best.solution, status="optimal" if proven <= max(gap, free.gap) else "feasible", gap=proven)
 
 
 def _smallest(problem: Problem, fastest: Solution, *, time_limit: float, gap: float) -> list[Solution]:

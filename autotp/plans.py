@@ -110,7 +110,7 @@ class RecomputePlan:
 
     Of a tensor in the layout in which its operator makes it, the operator runs again; in another layout, the conversion does, with its
     collectives: so a gathered weight is gathered again. `layout` is a layout code, `shows` the same in words; `seconds` is the extra
-    time of all these copies, `bytes` what each rank need not keep.
+    time of all these copies, `bytes` what each rank keeps less for it.
     """
 
     node: str

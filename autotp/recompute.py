@@ -13,7 +13,7 @@ again is the selective recomputation of Korthikanti et al. 2022 (arXiv:2205.0519
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import networkx
@@ -125,6 +125,26 @@ def rungs(block: Block) -> tuple[frozenset[int], ...]:
     return (none, *between(none, most), most) if bytes_kept(block, most) < bytes_kept(block, none) else (none,)
 
 
+def bytes_freed(block: Block, running: frozenset[int]) -> dict[int, int]:
+    """What each call that runs again spares: the bytes that it makes and backward needs, less what is kept only for calls to read.
+
+    The latter count against the calls that follow; no number is negative. Together that is what keeping everything takes more.
+    """
+    seen: set[int] = set()
+    found, debt = dict.fromkeys(sorted(running), 0), 0
+    for call in found:
+        reads = {number for number in block.makers[call].reads if not block.stored[number].saved} - seen
+        seen |= reads
+        debt += sum(block.stored[number].bytes for number in reads if block.stored[number].maker not in running)
+        found[call] = sum(stored.bytes for stored in block.stored if stored.saved and stored.maker == call)
+        paid = min(debt, found[call])
+        found[call], debt = found[call] - paid, debt - paid
+    for call in reversed(found):
+        paid = min(debt, found[call])
+        found[call], debt = found[call] - paid, debt - paid
+    return found
+
+
 def femtoseconds(maker: Maker) -> int:
     """The time of a call as a whole number, so that cuts are exact."""
     return round(maker.seconds * 1e15)
@@ -132,43 +152,46 @@ def femtoseconds(maker: Maker) -> int:
 
 @dataclass(frozen=True)
 class Rung:
-    """One choice for a copy of a block: what it makes again, the seconds that takes, and the bytes that it keeps less for it."""
+    """One choice for a copy of a block: what it makes again, with the bytes that each of these spares, and the seconds that takes."""
 
-    versions: frozenset[tuple[Ref, Layout]]
+    tensors: Mapping[tuple[Ref, Layout], int]
     seconds: float
-    bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """What the copy keeps less for backward."""
+        return sum(self.tensors.values())
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """The choices for the copies of a repeat, from the fewest bytes saved to the most; each makes again what the one before does.
+    """The choices for the copies of a repeat, from the fewest bytes spared to the most; each makes again what the one before does.
 
-    `sizes` are the bytes that a copy keeps of each tensor if it does not make it again, `kept` those that it keeps of all, its input
-    included.
+    `kept` are the bytes that a copy keeps if it makes nothing again, its input included.
     """
 
     repeat: int
     copies: int
     rungs: tuple[Rung, ...]
     kept: int = 0
-    sizes: Mapping[tuple[Ref, Layout], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What is made again in a whole model.
+    """What is made again in a whole model: copies of repeated blocks on their rungs, and the seconds that adds to a step."""
 
-    Attributes:
-        recomputed: the tensors, by copies of repeated blocks.
-        seconds: what that adds to a step.
-        bytes: what a rank keeps less for backward.
-        sizes: what a copy would keep of each tensor.
-    """
-
-    recomputed: tuple[Recomputed, ...] = ()
+    groups: tuple[tuple[Recomputed, Rung], ...] = ()
     seconds: float = 0.0
-    bytes: int = 0
-    sizes: Mapping[tuple[Ref, Layout], int] = field(default_factory=dict)
+
+    @property
+    def recomputed(self) -> tuple[Recomputed, ...]:
+        """What runs."""
+        return tuple(group for group, _ in self.groups)
+
+    @property
+    def bytes(self) -> int:
+        """What a rank keeps less for backward."""
+        return sum(group.copies * rung.bytes for group, rung in self.groups)
 
 
 def recomputation(ladders: Sequence[Ladder], bytes: float) -> Recomputation:
@@ -179,7 +202,7 @@ def recomputation(ladders: Sequence[Ladder], bytes: float) -> Recomputation:
     """
     steps: list[tuple[float, int, int, int, float]] = []
     for place, ladder in enumerate(ladders):
-        for level, (low, high) in enumerate(pairwise((Rung(frozenset(), 0.0, 0), *ladder.rungs))):
+        for level, (low, high) in enumerate(pairwise((Rung({}, 0.0), *ladder.rungs))):
             saved, seconds = high.bytes - low.bytes, high.seconds - low.seconds
             steps.append((seconds / saved, place, level, saved, seconds))
     steps.sort()
@@ -195,22 +218,16 @@ def recomputation(ladders: Sequence[Ladder], bytes: float) -> Recomputation:
         less = min(int(-missing // saved), climbed[place][level] - above) if missing < 0 else 0
         climbed[place][level] -= less
         missing += less * saved
-    found = [entry for ladder, counts in zip(ladders, climbed, strict=True) for entry in _entries(ladder, counts)]
-    taken = [(climbed[place][level], saved, seconds) for _, place, level, saved, seconds in steps]
-    return Recomputation(
-        tuple(found),
-        sum(count * seconds for count, _, seconds in taken),
-        sum(count * saved for count, saved, _ in taken),
-        {version: size for ladder in ladders for version, size in ladder.sizes.items()},
-    )
+    groups = [group for ladder, counts in zip(ladders, climbed, strict=True) for group in _groups(ladder, counts)]
+    return Recomputation(tuple(groups), sum(climbed[place][level] * seconds for _, place, level, _, seconds in steps))
 
 
-def _entries(ladder: Ladder, climbed: Sequence[int]) -> list[Recomputed]:
+def _groups(ladder: Ladder, climbed: Sequence[int]) -> list[tuple[Recomputed, Rung]]:
     """How many copies stand on each rung, the highest first."""
     above = 0
     found = []
     for rung, count in reversed(list(zip(ladder.rungs, climbed, strict=True))):
         if count > above:
-            found.append(Recomputed(ladder.repeat, count - above, rung.versions))
+            found.append((Recomputed(ladder.repeat, count - above, frozenset(rung.tensors)), rung))
             above = count
     return found

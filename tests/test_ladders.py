@@ -100,7 +100,7 @@ def test_activation_bytes_per_layer_of_tensor_parallelism(ranks: int) -> None:
 def test_sequence_parallelism_keeps_a_share_of_all_once_norms_are_gathered_again(ranks: int) -> None:
     """The paper keeps this rank's part of a norm's output and gathers it again in backward; kept, the two gathered ones take 4 sbh."""
     found = walked(ranks, "sequence")
-    gathered = [size for (ref, layout), size in only(found).sizes.items() if layout.kinds == ("R",) and size]
+    gathered = [size for (_, layout), size in only(found).rungs[-1].tensors.items() if layout.kinds == ("R",) and size]
     assert gathered == [2 * SBH, 2 * SBH]
     assert per_layer(found, sum(gathered) - 2 * 2 * SBH // ranks) == pytest.approx((34 + SCORES) / ranks, abs=0.05)
 
@@ -117,10 +117,10 @@ def test_a_small_shortage_touches_attention_s_dropout_and_a_larger_one_its_softm
     nodes = program().nodes
 
     def operators(rung: int) -> set[str]:
-        before = ladder.rungs[rung - 1].versions if rung else frozenset()
-        return {nodes[ref.node].op.split(".")[1] for ref, _ in ladder.rungs[rung].versions - before}
+        before = ladder.rungs[rung - 1].tensors if rung else {}
+        return {nodes[ref.node].op.split(".")[1] for ref, _ in ladder.rungs[rung].tensors.keys() - before.keys()}
 
-    scores = {ref for ref, _ in ladder.rungs[0].versions}
+    scores = {ref for ref, _ in ladder.rungs[0].tensors}
     assert operators(0) == {"dropout"} and {nodes[ref.node].outputs[0].shape for ref in scores} == {(B, A, S, S)}
     first = {word: next(rung for rung in range(len(ladder.rungs)) if word in operators(rung)) for word in ("gelu", "layer_norm", "softmax")}
     products = next(rung for rung in range(len(ladder.rungs)) if operators(rung) & {"linear", "matmul"})
@@ -161,7 +161,7 @@ def test_gathered_weights_are_kept_with_room_and_gathered_again_without() -> Non
     seen = []
     for share in (0.9, 0.5):
         limit = free.memory.total - (1 - share) * weights
-        plan = make_plan(wide(), Request({"dp": 8}, data=("dp",), memory=limit), cluster, "wide")
+        plan = make_plan(wide(), Request({"dp": 8}, data=("dp",), memory=limit), cluster, "wide", time_limit=4.0)
         assert plan.memory.total <= limit
         again = [entry for entry in plan.recomputed if entry.layout == "R"]
         seen.append(sum(entry.copies for entry in again))

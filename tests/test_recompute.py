@@ -16,6 +16,7 @@ from autotp.recompute import (
     Rung,
     Stored,
     asked_for,
+    bytes_freed,
     bytes_kept,
     cheapest,
     recomputation,
@@ -72,13 +73,24 @@ def test_the_ladder_is_the_lower_hull_of_all_sets_and_nested(seed: int) -> None:
         assert all((size - most) * (long - short) + (spent - short) * (most - fewest) >= 0 for size, spent in everything)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_what_each_call_spares_adds_up(seed: int) -> None:
+    block = random_block(seed)
+    for running in every_set(block):
+        spared = bytes_freed(block, running)
+        whole = bytes_kept(block, frozenset()) - bytes_kept(block, running)
+        assert spared.keys() == running
+        assert sum(spared.values()) == whole or whole < 0
+        assert all(size >= 0 for size in spared.values())
+
+
 def ladder(repeat: int, copies: int, steps: list[tuple[int, float]]) -> Ladder:
     """Rungs of these steps in bytes and seconds; the tensors are made up."""
-    found, size, seconds = [], 0, 0.0
+    tensors, found, seconds = {}, [], 0.0
     for number, (saved, more) in enumerate(steps):
-        size, seconds = size + saved, seconds + more
-        versions = frozenset((Ref(place), uniform("I", 1)) for place in range(number + 1))
-        found.append(Rung(versions, seconds, size))
+        tensors[Ref(number), uniform("I", 1)] = saved
+        seconds += more
+        found.append(Rung(dict(tensors), seconds))
     return Ladder(repeat, copies, tuple(found))
 
 
