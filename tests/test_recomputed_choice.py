@@ -1,17 +1,19 @@
-"""Plans within a memory limit of real models: the limit is kept by the walk, the time is what the unfolded graph takes, the module is equal."""
+"""Real models within a memory limit: the walk keeps it, the time is what the unfolded graph takes, the module equals one device."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import pytest
 
+from autotp.decisions import read_plan
 from autotp.describe import describe
 from autotp.equality import compare
 from autotp.formulate import formulate
-from autotp.memory_limit import Fitted, decisions_of, solve_within, walk
+from autotp.memory_limit import decisions_of, solve_within, walk
 from autotp.planning import Request, make_plan, prepare, traced_sizes
 from autotp.plans import Plan
 from autotp.price.cluster import load_cluster
@@ -21,19 +23,19 @@ from autotp.solve import OutOfMemoryError
 from autotp.trace import trace
 from tests.models import Example, InFloat64, example
 
-CHANGED = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}, "qwen3": {"num_hidden_layers": 3}}
+CHANGED = {"llama": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}, "qwen3": {"num_hidden_layers": 4}}
 TOLERANCE = 1e-9
 
 
 @cache
 def traced(name: str) -> tuple[Example, Program]:
     with InFloat64():
-        one = example(name, batch=4, seq=24, **CHANGED[name])
+        one = example(name, batch=4, seq=16, **CHANGED[name])
         return one, trace(one.model, one.args, one.kwargs)
 
 
 def plan(name: str, mesh: dict[str, int], limit: float | None = None) -> Plan:
-    return make_plan(traced(name)[1], Request(mesh, memory=limit), load_cluster("dgx-h100"), name, time_limit=2.0)
+    return make_plan(traced(name)[1], Request(mesh, memory=limit), load_cluster("dgx-h100"), name, time_limit=1.0)
 
 
 @cache
@@ -47,36 +49,28 @@ def test_any_limit_is_kept_or_refused_and_the_module_is_equal(name: str) -> None
     state = {**dict(one.model.named_parameters()), **dict(one.model.named_buffers())}
     draw = random.Random(name)
     kept = 0
-    for share in (draw.uniform(0.3, 0.5), draw.uniform(0.5, 0.75), draw.uniform(0.75, 1.0)):
+    for share in (draw.uniform(0.55, 0.75), draw.uniform(0.75, 1.0)):
         limit = share * free(name).memory.total
-        request = Request({"tp": 2}, memory=limit)
-        space, border = prepare(program, request)
+        space, border = prepare(program, Request({"tp": 2}, memory=limit))
         prices = ConversionPrices(load_cluster("dgx-h100"), (2,), True, traced_sizes(program))
         formulation = formulate(space, prices, border, None, limit)
-        try:
-            found: Fitted = solve_within(
-                formulation.problem, lambda one: walk(space, prices, border, formulation, one), time_limit=2.0, gap=1e-4
-            )
-        except OutOfMemoryError as error:
-            assert error.least > limit
-            continue
-        kept += bool(found.recomputation.recomputed)
+        found = solve_within(formulation.problem, partial(walk, space, prices, border, formulation), time_limit=2.0, gap=1e-4)
+        again = found.recomputation
+        kept += bool(again.groups)
         assert found.memory.total <= limit
-        decisions = replace(
-            decisions_of(space, prices, border, formulation, found.solution), recomputed=found.recomputation.recomputed
-        )
+        decisions = decisions_of(space, prices, border, formulation, found.solution)
         with InFloat64():
-            assert compare(space, decisions, state, one.args, one.kwargs).worst < TOLERANCE
-        said = describe(
-            space, prices, border, formulation, found.solution, model=name, mode="train", axes={"tp": 2}, memory=found.memory,
-            recomputation=found.recomputation,
-        )  # fmt: skip
+            compared = compare(space, replace(decisions, recomputed=again.recomputed), state, one.args, one.kwargs)
+        assert compared.worst < TOLERANCE, compared.where
+        options: dict[str, Any] = {"model": name, "mode": "train", "axes": {"tp": 2}, "memory": found.memory}
+        said = describe(space, prices, border, formulation, found.solution, recomputation=again, **options)
+        plain = describe(space, prices, border, formulation, found.solution, **options)
         assert said.time.step_s == pytest.approx(found.seconds, rel=1e-9)
-        assert sum(entry.seconds for entry in said.recomputed) == pytest.approx(found.recomputation.seconds, rel=1e-9)
-        assert sum(entry.bytes for entry in said.recomputed) == found.recomputation.bytes
-        assert sum(c.copies * len([w for w in c.forward if w.startswith("all_gather")]) for c in said.conversions) == said.collectives[
-            "forward"
-        ].get("all_gather", 0)
+        assert said.time.step_s - plain.time.step_s == pytest.approx(again.seconds, abs=1e-9 * found.seconds)
+        assert sum(entry.seconds for entry in said.recomputed) == pytest.approx(again.seconds)
+        assert sum(entry.bytes for entry in said.recomputed) == again.bytes
+        assert said.collectives["forward"] == plain.collectives["forward"]
+        assert read_plan(space, said, {}, {}).recomputed == again.recomputed
     assert kept
 
 
@@ -91,7 +85,7 @@ def test_the_least_memory_that_is_named_is_reached_by_making_all_again(name: str
 
 def test_model_flops_utilisation_does_not_count_what_is_made_again() -> None:
     """MFU counts the FLOPs of the model alone (Chowdhery et al. 2022): it falls as the step takes longer."""
-    found = plan("gpt2", {"tp": 2}, 0.7 * free("gpt2").memory.total)
+    found = plan("llama", {"tp": 2}, 0.8 * free("llama").memory.total)
     assert found.recomputed
-    utilisations = [one.kpi["model_flops_utilisation"] * one.time.step_s for one in (free("gpt2"), found)]
-    assert utilisations[0] == pytest.approx(utilisations[1])
+    work = [one.kpi["model_flops_utilisation"] * one.time.step_s for one in (free("llama"), found)]
+    assert work[0] == pytest.approx(work[1])
