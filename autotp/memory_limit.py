@@ -84,7 +84,7 @@ def walk(space: Space, prices: ConversionPrices, border: Border, formulation: Fo
         return observe(sharded, prices.symbols, optimizer, on_cpu)
 
     plain = observed(())
-    options = ladders(plain, lambda version: again(space, prices, decisions.chosen, decisions.paths, version).total) if prices.train else ()
+    options = ladders(plain, lambda version: again(space, prices, decisions.chosen, decisions.paths, version).total) if prices.train and not prices.compiled else ()
     return Walked(plain.memory, options, lambda recomputed: observed(recomputed).memory)
 
 
