@@ -12,6 +12,7 @@ from autotp.decisions import Decisions, Recomputed
 from autotp.describe import chosen_of, conversions
 from autotp.formulate import Border, Formulation
 from autotp.ladders import ladders
+from autotp.layouts import Layout
 from autotp.liveness import observe
 from autotp.observed import Observed
 from autotp.plans import MemoryUse
@@ -38,7 +39,7 @@ class Walked:
 
     Attributes:
         memory: its peak.
-        ladders: what each repeated block can make again; none in inference.
+        ladders: what each repeated block can make again; none in inference, nor where `torch.compile` decides what is kept.
         again: the peak if this is made again.
     """
 
@@ -83,8 +84,11 @@ def walk(space: Space, prices: ConversionPrices, border: Border, formulation: Fo
         sharded = rewrite(space, replace(decisions, recomputed=recomputed), first, gradient=prices.train, device="meta")
         return observe(sharded, prices.symbols, optimizer, on_cpu)
 
+    def seconds(version: tuple[Ref, Layout]) -> float:
+        return again(space, prices, decisions.chosen, decisions.paths, version).total
+
     plain = observed(())
-    options = ladders(plain, lambda version: again(space, prices, decisions.chosen, decisions.paths, version).total) if prices.train and not prices.compiled else ()
+    options = ladders(plain, seconds) if prices.train and not prices.compiled else ()
     return Walked(plain.memory, options, lambda recomputed: observed(recomputed).memory)
 
 
