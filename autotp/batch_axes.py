@@ -7,10 +7,13 @@ operand is the batch there, whatever its place. Where it ends (a loss, a sum ove
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+from autotp.layouts import Cut, Layout, Place, place_on
 from autotp.mesh import output_names
-from autotp.program import Program, Ref
+from autotp.price.conversion import Places
+from autotp.program import Program, Ref, TensorType
 from autotp.rules import Rule, call_of, rule_of
 from autotp.strategies import Space, Strategy
 
@@ -81,6 +84,44 @@ def keep_to_batch(
         wanted = tuple(number for number in before if _axes_of(factor, space.strategies[index][number]) == set(data_axes))
         kept[index] = wanted or before
     return kept
+
+
+def narrowed(space: Space, allowed: Mapping[int, tuple[int, ...]]) -> tuple[Space, dict[int, tuple[int, ...]]]:
+    """The space with the allowed strategies alone, and their numbers in it: what is not listed needs no price.
+
+    A node's first strategy, all whole, stays listed, since it says what one device would do.
+    """
+    strategies = dict(space.strategies)
+    numbers = {}
+    for node, kept in allowed.items():
+        strategies[node] = tuple(space.strategies[node][number] for number in dict.fromkeys((0, *kept)))
+        numbers[node] = tuple(range(len(strategies[node])))[0 if 0 in kept else 1 :]
+    return replace(space, strategies=strategies), numbers
+
+
+def layouts_in_use(space: Space, leaving: Iterable[tuple[Ref, Layout]]) -> Places:
+    """For every kind of tensor, what some strategy makes or wants on each mesh axis.
+
+    Args:
+        leaving: outputs and updates, as representative tensors, and the layouts in which they leave.
+    """
+    found: dict[tuple[TensorType, tuple[tuple[Cut, ...], ...]], list[set[Place]]] = {}
+
+    def note(ref: Ref, layout: Layout) -> None:
+        kind = (space.program.type_of(ref), tuple(space.dim_cuts(ref)))
+        for axis, places in enumerate(found.setdefault(kind, [set() for _ in space.mesh])):
+            places.add(place_on(layout, axis))
+
+    for index, strategies in space.strategies.items():
+        for strategy in strategies:
+            for number, layout in enumerate(strategy.outputs):
+                note(Ref(index, number), layout)
+            for number, layout in enumerate(strategy.operands):
+                for ref in space.tensors[index, False, number]:
+                    note(ref, layout)
+    for ref, layout in leaving:
+        note(ref, layout)
+    return {kind: tuple(map(frozenset, places)) for kind, places in found.items()}
 
 
 def _axes_of(factor: str, strategy: Strategy) -> set[int]:

@@ -143,6 +143,16 @@ class Layout:
         return ", ".join(words)
 
 
+Place = tuple[str, int, Cut | None]
+"""What a layout does on one mesh axis: its kind there, and the dim and the cut that "S" splits (-1 and None for other kinds)."""
+
+
+def place_on(layout: Layout, axis: int) -> Place:
+    """What the layout does on this mesh axis."""
+    split = layout.split_of(axis)
+    return (layout.kinds[axis], -1, None) if split is None else ("S", split.dim, split.cut)
+
+
 def uniform(kind: str, axes: int) -> Layout:
     """The layout that has the same kind, not "S", on every one of `axes` mesh axes."""
     return Layout((kind,) * axes)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from autotp.batch_axes import batch_border, keep_to_batch
+from autotp.batch_axes import batch_border, keep_to_batch, layouts_in_use, narrowed
 from autotp.check import check
 from autotp.decisions import Decisions, read_plan
 from autotp.describe import describe, fingerprint
 from autotp.errors import AutotpError
 from autotp.fold import fold
-from autotp.formulate import Border, formulate
+from autotp.formulate import Border, border_tensors, formulate
 from autotp.layouts import Layout
 from autotp.memory_limit import solve_within, walk
 from autotp.mesh import border_layouts, output_names
@@ -96,7 +96,9 @@ def make_plan(
     )
     allowed = apply_pins(space, dict(request.pins or {}))
     if request.data is not None:
-        allowed = keep_to_batch(space, [place for place, name in enumerate(request.axes) if name in request.data], allowed)
+        data = [place for place, name in enumerate(request.axes) if name in request.data]
+        space, allowed = narrowed(space, keep_to_batch(space, data, allowed))
+        prices.places = layouts_in_use(space, border_tensors(space, border))
     formulation = formulate(space, prices, border, allowed, request.memory)
     fitted = solve_within(
         formulation.problem, lambda found: walk(space, prices, border, formulation, found), time_limit=time_limit, gap=gap

@@ -13,10 +13,12 @@ from autotp.layouts import (
     Cut,
     Layout,
     Move,
+    Place,
     all_layouts,
     at_sizes,
     local_shape,
     moves_from,
+    place_on,
     same_pieces,
     with_axis,
 )
@@ -45,12 +47,17 @@ def axis_group(mesh: Sequence[int], axis: int) -> Group:
     return Group(mesh[axis], stride, prod(mesh))
 
 
+Places = Mapping[tuple[TensorType, tuple[tuple[Cut, ...], ...]], tuple[frozenset[Place], ...]]
+"""For kinds of tensors, with their candidate cuts: what may be made of them on each mesh axis."""
+
+
 @dataclass
 class ConversionPrices:
     """Prices of conversions on one mesh and cluster, computed once per kind of tensor.
 
     `symbols` gives the traced value of every symbolic size. With `train`, moves also pay for the gradient's way back. `compiled`:
-    operators are priced as `torch.compile` fuses them, not one by one.
+    operators are priced as `torch.compile` fuses them, not one by one. `places`: what may be made of the tensors that it names on
+    each axis, beside I and R; without it, anything.
     """
 
     cluster: Cluster
@@ -59,6 +66,7 @@ class ConversionPrices:
     symbols: Mapping[Size, int]
     compiled: bool = False
     optimizer: Optimizer = OPTIMIZERS["adamw"]
+    places: Places = field(default_factory=dict)
     _tables: dict[tuple[TensorType, tuple[tuple[Cut, ...], ...]], PathTable] = field(default_factory=dict)
     _hints: dict[Layout, Layout] = field(default_factory=dict)
     _accesses: list[tuple[Program, tuple[Access, ...]]] = field(default_factory=list)
@@ -153,6 +161,10 @@ class PathTable:
         self.layouts = all_layouts(cuts, axes, "IRPS" if gradient else "IPS")
         if not tensor.requires_grad:
             self.layouts += [layout for layout in all_layouts(cuts, axes, "IPSM") if "M" in layout.kinds]
+        places = prices.places.get((tensor, tuple(cuts)))
+        if places is not None:
+            kept = [{*some, ("I", -1, None), ("R", -1, None)} for some in places]
+            self.layouts = [found for found in self.layouts if all(place_on(found, axis) in kept[axis] for axis in range(axes))]
         self.number = {layout: number for number, layout in enumerate(self.layouts)}
         count = len(self.layouts)
         self.cost = numpy.full((count, count), numpy.inf)
