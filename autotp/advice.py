@@ -2,12 +2,13 @@
 
 A candidate is `dp × tp`: data parallelism outside, tensor parallelism inside, where the links are fastest. It is planned as the 2-D
 mesh that it is, with the batch pinned to `dp` and kept from `tp` (`autotp.batch_axes`), inputs and outputs split by it over `dp`.
+The best are also tried with their axes bound to the cluster's tiers in other ways (`autotp.mesh_shapes`).
 All candidates of a ranking do the same work in a step: the same global batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,37 +17,22 @@ from typing import Any
 from torch import nn
 
 from autotp.batch_axes import batch_size
-from autotp.kpi import rates
-from autotp.planning import Request, make_plan
+from autotp.mesh_search import MeshSearch, Traced
+from autotp.mesh_shapes import check_devices, divisors, mesh_name, meshes_of, meshes_on, node_size
+from autotp.planning import Request
 from autotp.price.accelerator import Accelerator
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, cluster_names, load_cluster
-from autotp.program import Program
-from autotp.recommendation import TIE, Candidate, Recommendation, check_devices, divisors, fastest, mesh_name, meshes_of, node_size, ranked
-from autotp.solve import OutOfMemoryError, OutOfTimeError
+from autotp.recommendation import TIE, Candidate, Recommendation, fastest, ranked
 from autotp.trace import trace
 
 USABLE = 0.95
 """Share of a device's memory that a plan may fill by default; the rest is left to the driver, NCCL and the allocator's gaps."""
 
-GAP = 1e-3
-"""Distance from the optimum, relative, at which the solver may stop: far below a tie."""
-
 DOUBLINGS = 3
 """Where the batch may be chosen: one, two, four and eight samples per device are tried."""
 
-GROWTH = 16
-"""Where nothing fits: up to this many times the devices are looked at."""
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A model traced at one batch; `batch` and `sequence` are None where it has no such size."""
-
-    program: Program
-    batch: int | None
-    sequence: int | None
-    notes: tuple[str, ...] = ()
-
+FINALISTS = 3
+"""How many meshes of one batch are tried at twice that batch."""
 
 TracedAt = Callable[[int], Traced]
 """The model traced at another batch."""
@@ -100,6 +86,7 @@ class Search:
     memory: float | None
     time_limit: float
     progress: Callable[[str], None]
+    unit: str = "GiB"
 
     def __post_init__(self) -> None:
         check_devices(self.cluster, self.gpus)
@@ -120,9 +107,10 @@ class Search:
         candidates = self.candidates(traced)
         if choose_batch and traced_at is not None:
             traced, candidates = self.other_batches(traced, candidates, traced_at)
-        fits = any(candidate.plan for candidate in candidates)
-        remedies = () if fits else self.remedies(traced, None if choose_batch else traced_at)
+        candidates = self.meshes(traced).refined(candidates)
         order = ranked(candidates)
+        fits = order[0].plan is not None
+        remedies, tried = ((), ()) if fits else self.remedies(traced, order, None if choose_batch else traced_at)
         notes = order[0].plan.notes if order[0].plan else traced.program.notes
         return Recommendation(
             model=self.model,
@@ -137,78 +125,80 @@ class Search:
             candidates=order,
             remedies=remedies,
             notes=(*traced.notes, *self.unsplit(traced), *notes),
+            tried=tried,
+            left_out=max(0, len(self.shapes(traced)) - len(candidates)),
+            unit=self.unit,
         )
 
+    def meshes(self, traced: Traced) -> MeshSearch:
+        """The search over meshes at one batch."""
+        request = Request({"tp": 1}, self.mode, self.limit)
+        return MeshSearch(traced, request, self.cluster, self.model, time_limit=self.time_limit, progress=self.progress)
+
+    def shapes(self, traced: Traced) -> list[dict[str, int]]:
+        """The meshes that are looked at first."""
+        return meshes_of(self.gpus, node_size(self.cluster, self.gpus), traced.batch)
+
     def candidates(self, traced: Traced) -> list[Candidate]:
-        """Every mesh at this batch, planned."""
-        meshes = meshes_of(self.gpus, node_size(self.cluster, self.gpus), traced.batch)
-        whole = self.whole_bytes(traced)
-        found = []
-        for number, mesh in enumerate(meshes, start=1):
-            batch = f" at batch {traced.batch}" if traced.batch else ""
-            self.progress(f"planning {self.model} on {mesh_name(mesh)}{batch} ({number} of {len(meshes)})")
-            found.append(self.candidate(traced, mesh, whole))
-        return found
-
-    def whole_bytes(self, traced: Traced) -> float:
-        """Peak bytes on one device of any size: n devices together never need less."""
-        return make_plan(traced.program, Request({"tp": 1}, self.mode), self.cluster, self.model).memory.total
-
-    def candidate(self, traced: Traced, mesh: Mapping[str, int], whole: float) -> Candidate:
-        """One mesh, planned within the memory limit; not at all where even an equal share of the `whole` bytes is too much."""
-        share = whole / prod(mesh.values())
-        if share > self.limit:
-            return Candidate(mesh, None, share)
-        request = Request(mesh, self.mode, self.limit, data=tuple(name for name in mesh if name == "dp"))
-        try:
-            plan = make_plan(traced.program, request, self.cluster, self.model, time_limit=self.time_limit, gap=GAP)
-        except OutOfMemoryError as error:
-            return Candidate(mesh, None, error.least)
-        except OutOfTimeError:
-            return Candidate(mesh, None)
-        speed = rates(traced.batch, traced.sequence, plan.time.step_s)
-        return Candidate(mesh, replace(plan, batch=traced.batch, sequence=traced.sequence, kpi={**plan.kpi, **speed}))
+        """Every mesh at this batch, planned where it may win."""
+        return self.meshes(traced).candidates(self.shapes(traced))
 
     def other_batches(self, traced: Traced, candidates: list[Candidate], traced_at: TracedAt) -> tuple[Traced, list[Candidate]]:
-        """The batch with most samples per second, ties to the smaller one; all meshes are planned anew at each batch."""
+        """The batch with most samples per second, ties to the smaller one; only the best meshes decide whether a larger one is better."""
         while not any(candidate.plan for candidate in candidates) and (traced.batch or 1) > 1:
             traced = traced_at((traced.batch or 1) // 2)
             candidates = self.candidates(traced)
-        start = self.gpus
-        while traced.batch and start <= traced.batch < self.gpus * 2**DOUBLINGS:
-            more = traced_at(2 * traced.batch)
-            found = self.candidates(more)
-            if fastest(found) * (1 + TIE) >= 2 * fastest(candidates):
+        start, best, some = self.gpus, traced, candidates
+        while best.batch and start <= best.batch < self.gpus * 2**DOUBLINGS:
+            more = traced_at(2 * best.batch)
+            found = self.meshes(more).candidates([candidate.mesh for candidate in ranked(some)[:FINALISTS]])
+            if fastest(found) * (1 + TIE) >= 2 * fastest(some):
                 break
-            traced, candidates = more, found
-        return traced, candidates
+            best, some = more, found
+        return (traced, candidates) if best is traced else (best, self.candidates(best))
 
-    def remedies(self, traced: Traced, traced_at: TracedAt | None) -> tuple[str, ...]:
-        """What would fit: more devices of this cluster, devices with more memory, a smaller batch."""
-        found = []
-        most = min(self.cluster.max_devices or GROWTH * self.gpus, GROWTH * self.gpus)
-        more = [size for size in (self.gpus * 2**power for power in range(1, GROWTH)) if size <= most]
-        wider = next(((size, mesh) for size in more if (mesh := replace(self, gpus=size).first_fit(traced))), None)
+    def remedies(
+        self, traced: Traced, order: Sequence[Candidate], traced_at: TracedAt | None
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What would fit (more devices of this cluster, devices with more memory, a smaller batch), and what was tried in vain."""
+        known = [candidate for candidate in order if candidate.least_bytes is not None]
+        if not known:
+            return (), ()
+        nearest = known[0]
+        found, vain = [], []
+        wider, tried = self.meshes(traced).nearest(nearest.mesh, nearest.least_bytes or 0.0)
         if wider is not None:
-            found.append(f"{wider[0]} GPUs ({mesh_name(wider[1])})")
-        larger = next((cluster for cluster in self.larger_devices() if replace(self, cluster=cluster).first_fit(traced)), None)
-        if larger is not None:
-            found.append(f"devices with more memory, such as {larger.accelerator.name} (cluster {larger.name})")
-        if traced_at is not None and (traced.batch or 1) > 1 and self.first_fit(traced_at(1)):
-            halves = [(traced.batch or 1) // 2**power for power in range(1, (traced.batch or 1).bit_length())]
-            found.append(f"batch {next(size for size in halves if self.first_fit(traced_at(size)))}")
-        return tuple(found)
+            found.append(f"{wider.gpus} GPUs ({mesh_name(wider.mesh)})")
+        vain += [f"{prod(mesh.values())} GPUs ({mesh_name(mesh)})" for mesh in tried]
+        for cluster in self.larger_devices():
+            limit = USABLE * cluster.accelerator.memory_bytes
+            if (nearest.least_bytes or 0.0) * nearest.gpus / self.gpus > limit:
+                continue
+            if replace(self, cluster=cluster).fits(traced, nearest.mesh):
+                found.append(f"devices with more memory, such as {cluster.accelerator.name} (cluster {cluster.name})")
+                break
+            vain.append(f"cluster {cluster.name}")
+            if len(vain) - len(tried) == FINALISTS:
+                break
+        if traced_at is not None and (traced.batch or 1) > 1:
+            size = self.fitting_batch(traced, traced_at)
+            found += [] if size is None else [f"batch {size}"]
+            vain += ["batch 1"] if size is None else []
+        return tuple(found), tuple(vain)
 
-    def first_fit(self, traced: Traced) -> Mapping[str, int] | None:
-        """A mesh of all devices on which the model fits, or None."""
-        whole = self.whole_bytes(traced)
-        for mesh in meshes_of(self.gpus, node_size(self.cluster, self.gpus), traced.batch):
-            if prod(mesh.values()) == self.gpus:
-                at = f" at batch {traced.batch}" if traced.batch else ""
-                self.progress(f"looking for what would fit: {mesh_name(mesh)} of {self.cluster.name}{at}")
-                if self.candidate(traced, mesh, whole).plan:
-                    return mesh
-        return None
+    def fitting_batch(self, traced: Traced, traced_at: TracedAt) -> int | None:
+        """The largest batch, halved from this one, that fits on all devices; None if one sample does not."""
+        sizes = [(traced.batch or 1) // 2**power for power in range(1, (traced.batch or 1).bit_length())]
+        low, high = 0, len(sizes)  # the smaller the batch, the less memory: bisection
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(traced_at(sizes[middle])) else (middle + 1, high)
+        return sizes[low] if low < len(sizes) else None
+
+    def fits(self, traced: Traced, mesh: Mapping[str, int] | None = None) -> bool:
+        """Whether the model fits on a mesh, by default on the most promising one of all devices."""
+        shape = mesh or meshes_on(self.gpus, node_size(self.cluster, self.gpus), traced.batch)[0]
+        return any(candidate.plan for candidate in self.meshes(traced).candidates([shape]))
 
     def larger_devices(self) -> list[Cluster]:
         """Shipped clusters of as many devices with more memory: those of the same family (a100-40gb, a100-80gb) first, then by memory."""

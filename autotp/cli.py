@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MESH = "8"
 FORMATS = ("table", "yaml", "json")
+QUIET = 15.0
+"""Seconds between two lines of progress on a stderr that is no terminal; what takes less time says nothing."""
 SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 UNITS = {"": 1, "b": 1} | {
     prefix + unit: base**power
@@ -273,6 +276,11 @@ def parse_size(text: str) -> float:
     return count
 
 
+def unit_of(text: str) -> str:
+    """The unit in which a memory size was written, `GB` or `GiB`, for the answer to be told in it too."""
+    return "GiB" if text.lower().rstrip().endswith("ib") else "GB"
+
+
 def parse_pins(pins: Sequence[str]) -> dict[str, str]:
     """`{"*.q_proj": "column"}` for `*.q_proj=column`.
 
@@ -387,14 +395,22 @@ def _screen() -> tuple[int, bool]:
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A function that says on stderr what is being done, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda words: None
-        return
-    from rich.console import Console
+    """A function that says on stderr what is being done: a line that changes on a terminal, else a plain line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
 
-    with Console(stderr=True).status("") as status:
-        yield lambda words: status.update(f"{words} …")
+        with Console(stderr=True).status("") as status:
+            yield lambda words: status.update(f"{words} …")
+        return
+    stream, last = sys.stderr, time.monotonic()
+
+    def say(words: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET:
+            last = time.monotonic()
+            print(f"autotp: {words} …", file=stream, flush=True)
+
+    yield say
 
 
 @contextmanager

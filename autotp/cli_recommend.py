@@ -36,7 +36,7 @@ def recommend(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file instead of to the screen.")] = None,
 ) -> None:
     """Rank the meshes of a cluster for MODEL: data parallel, tensor parallel, both; and say what to use. Needs no GPU."""
-    from autotp.cli import FORMATS, SUFFIXES, calm_collector, check_writable, guest, parse_size, progress
+    from autotp.cli import FORMATS, SUFFIXES, calm_collector, check_writable, guest, parse_size, progress, unit_of
     from autotp.loading import check_options, config_path, dtype_name, is_callable_spec
     from autotp.price.cluster import load_cluster
 
@@ -56,12 +56,13 @@ def recommend(
         config_path(model)
     priced = load_cluster(DEFAULT_CLUSTER if cluster is None else cluster)
     count = priced.devices_per_node if gpus is None else gpus
-    from autotp.recommendation import check_devices  # beside the options, so that nothing is built for a wrong one
+    from autotp.mesh_shapes import check_devices  # beside the options, so that nothing is built for a wrong one
 
     check_devices(priced, count)
     with progress() as step, calm_collector(), guest(model):
         step("loading PyTorch")
-        found = _recommend(model, priced, count, batch, seq, dtype, mode, limit, time_limit, step)
+        unit = "GiB" if memory is None else unit_of(memory)
+        found = _recommend(model, priced, count, batch, seq, dtype, mode, limit, time_limit, step, unit)
     defaults = [f"--cluster {DEFAULT_CLUSTER}"] * (cluster is None) + [f"--gpus {count}"] * (gpus is None)
     text = recommendation_text(found, format, defaults, to_screen=output is None)
     if output is None:
@@ -83,10 +84,12 @@ def _recommend(
     memory: float | None,
     time_limit: float,
     step: Any,
+    unit: str,
 ) -> Recommendation:
-    from autotp.advice import Search, Traced
+    from autotp.advice import Search
     from autotp.batch_axes import batch_size
     from autotp.loading import is_callable_spec
+    from autotp.mesh_search import Traced
     from autotp.models import accepts, find_callable, load_model
     from autotp.trace import trace
 
@@ -99,7 +102,7 @@ def _recommend(
 
     varies = not is_callable_spec(model) or accepts(find_callable(model), "batch")
     name, traced = traced_at(batch or (gpus if varies else None))
-    search = Search(name, gpus, cluster, mode, memory, time_limit, step)
+    search = Search(name, gpus, cluster, mode, memory, time_limit, step, unit)
     return search.run(traced, (lambda size: traced_at(size)[1]) if varies else None, choose_batch=batch is None)
 
 

@@ -66,6 +66,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
              "bytes": entry.bytes}
             for entry in plan.recomputed
         ],
+        "notes": [*_without_rule(plan), *plan.notes],
     }
 
 

@@ -12,8 +12,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from autotp.mesh_shapes import DATA, mesh_name
 from autotp.plans import Plan
-from autotp.recommendation import Candidate, Recommendation, mesh_name
+from autotp.recommendation import MODEL_ERROR, Candidate, Recommendation
 from autotp.report import rate, to_text
 from autotp.report_rows import duration, size
 
@@ -33,8 +34,10 @@ def to_data(found: Recommendation) -> dict[str, Any]:
         "memory_limit_bytes": found.memory_limit,
         "verdict": found.verdict,
         "remedies": list(found.remedies),
+        "tried_in_vain": list(found.tried),
+        "left_out": found.left_out,
         "candidates": [_candidate_data(candidate) for candidate in found.candidates],
-        "notes": list(found.notes),
+        "notes": [*found.notes, *_left_out(found), *_unproven(found)],
     }
 
 
@@ -46,6 +49,7 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
         "gpus": candidate.gpus,
         "fits": plan is not None,
         "step_s": plan.time.step_s if plan else None,
+        "step_at_least_s": candidate.bound_s,
         "samples_per_s": kpi.get("samples_per_s"),
         "tokens_per_s": kpi.get("tokens_per_s"),
         "memory_bytes": plan.memory.total if plan else candidate.least_bytes,
@@ -53,6 +57,7 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
         "model_flops_utilisation": kpi.get("model_flops_utilisation"),
         "solver_status": plan.solver.status if plan else None,
         "strategies": words(candidate) if plan else None,
+        "notes": list(plan.notes) if plan else [],
     }
 
 
@@ -67,8 +72,8 @@ def render(found: Recommendation, width: int | None = None, color: bool = False)
     header = Text.assemble((found.model, "bold"), f" · {found.mode} · up to {found.gpus} GPUs of {found.cluster}")
     if found.batch is not None:
         header.append(f" · batch {found.batch}" + (f" × sequence {found.sequence}" if found.sequence is not None else ""))
-    header.append(f" · at most {size(found.memory_limit)} of each device's {size(found.device_bytes)}")
-    notes = [Text.assemble(("note: ", "yellow"), note) for note in (*found.notes, *_unproven(found))]
+    header.append(f" · at most {size(found.memory_limit, found.unit)} of each device's {size(found.device_bytes, found.unit)}")
+    notes = [Text.assemble(("note: ", "yellow"), note) for note in (*found.notes, *_left_out(found), *_unproven(found))]
     return to_text(Group(header, _table(found), Text(found.verdict, "bold"), *notes), width, color)
 
 
@@ -83,7 +88,7 @@ def _table(found: Recommendation) -> Table:
         plan = candidate.plan
         start = [str(number) if plan else "–", mesh_name(candidate.mesh), str(candidate.gpus), str(found.batch or "–")]
         if plan is None:
-            table.add_row(*start, *["–"] * 3, *_missing(candidate, found), style="bright_black")
+            table.add_row(*start, *_missing(candidate, found), style="bright_black")
             continue
         speed = plan.kpi.get(f"{unit}_per_s", 0.0)
         table.add_row(
@@ -91,7 +96,7 @@ def _table(found: Recommendation) -> Table:
             duration(plan.time.step_s),
             rate(speed),
             rate(speed / candidate.gpus),
-            size(plan.memory.total),
+            size(plan.memory.total, found.unit),
             f"{plan.memory.total / found.device_bytes:.0%}",
             f"{_share(plan):.0%}",
             f"{plan.kpi['model_flops_utilisation']:.0%}",
@@ -101,12 +106,14 @@ def _table(found: Recommendation) -> Table:
 
 
 def _missing(candidate: Candidate, found: Recommendation) -> list[str]:
-    """Memory, its share, and why there is no plan."""
+    """The cells of a mesh without a plan, from its step time on: what is known, and why there is none."""
     least = candidate.least_bytes
+    if candidate.bound_s is not None:
+        return [f"≥ {duration(candidate.bound_s)}", *["–"] * 6, "slower even without a memory limit"]
     if least is None:
-        return ["–", "–", "–", "–", "no plan found in time"]
-    over = f"does not fit: at least {size(least - found.memory_limit)} too much"
-    return [f"≥ {size(least)}", f"{least / found.device_bytes:.0%}", "–", "–", over]
+        return [*["–"] * 7, "no plan found in time"]
+    over = f"does not fit: at least {size(least - found.memory_limit, found.unit)} too much"
+    return [*["–"] * 3, f"≥ {size(least, found.unit)}", f"{least / found.device_bytes:.0%}", "–", "–", over]
 
 
 def _share(plan: Plan) -> float:
@@ -119,13 +126,15 @@ def words(candidate: Candidate) -> str:
     if plan is None or candidate.gpus == 1:
         return "one device" if plan else ""
     parts = []
-    if "dp" in candidate.mesh:
-        axis = list(candidate.mesh).index("dp")
-        resting = Counter[bool]()
+    axes = [place for place, name in enumerate(candidate.mesh) if name in DATA]
+    if axes:
+        resting = Counter[str]()
         for node in plan.nodes:
             if node.op == "parameter" and plan.mode == "train":
-                resting[node.outputs[0].split("|")[axis].startswith("S")] += node.copies
-        parts.append("batch, state sharded" if resting[True] > resting[False] else "batch")
+                kinds = node.outputs[0].split("|")
+                resting[", ".join(list(plan.mesh)[axis] for axis in axes if kinds[axis].startswith("S"))] += node.copies
+        over = resting.most_common(1)[0][0] if resting else ""
+        parts.append("batch" if not over else "batch, state sharded" + (f" over {over}" if len(axes) > 1 else ""))
     counted = Counter(word for joined in plan.strategies.values() for word in joined.split("+") if word not in ("batch", "replicate"))
     if candidate.tensor_parallel > 1:
         parts.append(", ".join(word for word, _ in counted.most_common(WORDS)) or "replicated")
@@ -147,35 +156,54 @@ def verdict(found: Recommendation) -> str:
     return f"{_advice(found, best)}: {', '.join(_comparisons(found, best))}{idle}."
 
 
+KINDS = {"tensor parallelism": {"column", "row", "heads", "vocab"}, "expert parallelism": {"expert"}, "sequence parallelism": {"sequence"}}
+"""What a plan does beside splitting the batch, by the words of its strategies; the first that applies."""
+
+
+def kind_of(candidate: Candidate) -> str:
+    """`tensor parallelism`, or what the plan does in its place; `splitting` if that has no name, or nothing is known."""
+    said = {word for joined in (candidate.plan.strategies.values() if candidate.plan else ()) for word in joined.split("+")}
+    return next((kind for kind, words in KINDS.items() if said & words), "tensor parallelism" if not said else "splitting")
+
+
 def _advice(found: Recommendation, best: Candidate) -> str:
     if best.gpus == 1:
         return "One GPU is best"
     if best.tensor_parallel == 1:
         return f"No tensor parallelism is best, but data parallelism over {best.gpus} GPUs"
-    where = "inside a node" if best.tensor_parallel <= found.node else "across nodes"
-    copies = f" and data parallelism over {best.mesh['dp']} such groups are" if "dp" in best.mesh else " is"
-    return f"Tensor parallelism over {best.tensor_parallel} GPUs {where}{copies} best"
+    where = "inside a node" if best.tensor_span <= found.node else "across nodes"
+    groups = best.gpus // best.tensor_parallel
+    copies = f" and data parallelism over {groups} such groups are" if groups > 1 else " is"
+    return f"{kind_of(best).capitalize()} over {best.tensor_parallel} GPUs {where}{copies} best"
 
 
 def _comparisons(found: Recommendation, best: Candidate) -> list[str]:
     """How much longer a step takes on the fastest mesh of each other kind, or that it does not fit there."""
     kinds = {
         "data parallelism alone": [c for c in found.candidates if c.tensor_parallel == 1 and c.gpus > 1],
-        "tensor parallelism inside a node": [c for c in found.candidates if 1 < c.tensor_parallel <= found.node],
-        "tensor parallelism across nodes": [c for c in found.candidates if c.tensor_parallel > found.node],
+        "inside a node": [c for c in found.candidates if c.tensor_parallel > 1 and c.tensor_span <= found.node],
+        "across nodes": [c for c in found.candidates if c.tensor_parallel > 1 and c.tensor_span > found.node],
         "one GPU": [c for c in found.candidates if c.gpus == 1],
     }
     said = []
-    for kind, members in kinds.items():
+    for name, members in kinds.items():
         if not members or best in members:
             continue
         nearest = _fastest(members)
-        name = f" ({mesh_name(nearest.mesh)})" if nearest and nearest.gpus > 1 else ""
-        if nearest is None:
-            need = [member.least_bytes for member in members if member.least_bytes is not None]
-            said.append(f"{kind} {'does not fit' if need else 'was not planned in time'}")
+        kind = f"{kind_of(nearest or members[0])} {name}" if name.endswith(("node", "nodes")) else name
+        if nearest is not None:
+            mesh = f" ({mesh_name(nearest.mesh)})" if nearest.gpus > 1 else ""
+            ratio = nearest.step_s / best.step_s
+            unsure = " (within the model's error)" if abs(ratio - 1) < MODEL_ERROR else ""
+            said.append(f"{kind}{mesh} takes {ratio:.2f}× the time per step{unsure}")
+            continue
+        bound = min((member.bound_s for member in members if member.bound_s is not None), default=None)
+        if bound is not None:
+            said.append(f"{kind} takes at least {bound / best.step_s:.2f}× the time per step")
+        elif any(member.least_bytes is not None for member in members):
+            said.append(f"{kind} does not fit" + (f" at batch {found.batch}" if found.batch is not None else ""))
         else:
-            said.append(f"{kind}{name} takes {nearest.step_s / best.step_s:.2f}× the time per step")
+            said.append(f"{kind} was not planned in time")
     return said
 
 
@@ -188,10 +216,20 @@ def _nothing_fits(found: Recommendation) -> str:
     nearest = next((candidate for candidate in found.candidates if candidate.least_bytes is not None), None)
     if nearest is None or nearest.least_bytes is None:
         return f"No plan was found in time on up to {found.gpus} GPUs{at}: raise the time limit."
-    need = f"it needs at least {size(nearest.least_bytes)} per device on {nearest.gpus} GPUs"
-    over = f"{size(nearest.least_bytes - found.memory_limit)} too much"
-    would = f"what would fit: {', or '.join(found.remedies)}" if found.remedies else "nor on anything else that was tried"
-    return f"It does not fit on up to {found.gpus} GPUs of {found.cluster}{at}: {need}, {over}; {would}."
+    tried = f"of {len(found.candidates)} meshes {mesh_name(nearest.mesh)} needs least," if len(found.candidates) > 1 else "it needs"
+    need = f"{tried} at least {size(nearest.least_bytes, found.unit)} per device on {nearest.gpus} GPUs"
+    over = f"{size(nearest.least_bytes - found.memory_limit, found.unit)} too much"
+    vain = f"tried in vain: {', '.join(found.tried)}" if found.tried else ""
+    would = f"what would fit: {', or '.join(found.remedies)}" if found.remedies else "no remedy was found"
+    rest = "; ".join(part for part in (would, vain) if part)
+    return f"It does not fit on up to {found.gpus} GPUs of {found.cluster}{at}: {need}, {over}; {rest}."
+
+
+def _left_out(found: Recommendation) -> list[str]:
+    """That meshes are missing, and why."""
+    if not found.left_out:
+        return []
+    return [f"{found.left_out} meshes are left out: they have too few devices to win, or like ones need several times the memory."]
 
 
 def _unproven(found: Recommendation) -> list[str]:

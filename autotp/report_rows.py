@@ -280,13 +280,13 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def size(count: float) -> str:
-    """Bytes as people read them, e.g. `64 MiB` or `7.5 GiB`."""
-    unit, value = "B", float(count)
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
+def size(count: float, like: str = "GiB") -> str:
+    """Bytes as people read them, e.g. `64 MiB` or `7.5 GiB`; in decimal units, `7.5 GB`, where the unit that they are `like` is one."""
+    unit, value, base, infix = "B", float(count), 1024 if "i" in like else 1000, "i" if "i" in like else ""
+    for larger in "KMGT":
+        if value < base:
             break
-        unit, value = larger, value / 1024
+        unit, value = f"{larger if infix else larger.replace('K', 'k')}{infix}B", value / base
     return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
 
 
