@@ -16,17 +16,14 @@ from typing import Any
 
 from torch import nn
 
-from autotp.batch_axes import batch_size
+from autotp.batch_axes import sizes_of
 from autotp.mesh_search import MeshSearch, Traced
 from autotp.mesh_shapes import check_devices, divisors, mesh_name, meshes_of, meshes_on, node_size
 from autotp.planning import Request
 from autotp.price.accelerator import Accelerator
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, cluster_names, load_cluster
-from autotp.recommendation import TIE, Candidate, Recommendation, fastest, ranked
+from autotp.recommendation import TIE, USABLE, Candidate, Recommendation, fastest, ranked
 from autotp.trace import trace
-
-USABLE = 0.95
-"""Share of a device's memory that a plan may fill by default; the rest is left to the driver, NCCL and the allocator's gaps."""
 
 DOUBLINGS = 3
 """Where the batch may be chosen: one, two, four and eight samples per device are tried."""
@@ -66,9 +63,7 @@ def recommend(
     priced = cluster if isinstance(cluster, Cluster) else load_cluster(cluster or DEFAULT_CLUSTER)
     search = Search(type(model).__name__, gpus, priced, mode, memory, time_limit, progress or (lambda words: None))
     program = trace(model, args, kwargs)
-    first = next((node.outputs[0] for node in program.nodes if node.kind == "input"), None)
-    of_tokens = first is not None and len(first.hint) == 2 and not first.dtype.is_floating_point
-    return search.run(Traced(program, batch_size(program), first.hint[1] if first and of_tokens else None), None)
+    return search.run(Traced(program, *sizes_of(program)), None)
 
 
 @dataclass(frozen=True)
@@ -166,9 +161,9 @@ class Search:
             return (), ()
         nearest = known[0]
         found, vain = [], []
-        wider, tried = self.meshes(traced).nearest(nearest.mesh, nearest.least_bytes or 0.0)
+        wider, _, tried = self.meshes(traced).nearest(nearest.mesh, nearest.least_bytes or 0.0)
         if wider is not None:
-            found.append(f"{wider.gpus} GPUs ({mesh_name(wider.mesh)})")
+            found.append(f"{prod(wider.values())} GPUs ({mesh_name(wider)})")
         vain += [f"{prod(mesh.values())} GPUs ({mesh_name(mesh)})" for mesh in tried]
         for cluster in self.larger_devices():
             limit = USABLE * cluster.accelerator.memory_bytes
@@ -198,7 +193,7 @@ class Search:
     def fits(self, traced: Traced, mesh: Mapping[str, int] | None = None) -> bool:
         """Whether the model fits on a mesh, by default on the most promising one of all devices."""
         shape = mesh or meshes_on(self.gpus, node_size(self.cluster, self.gpus), traced.batch)[0]
-        return any(candidate.plan for candidate in self.meshes(traced).candidates([shape]))
+        return self.meshes(traced).least(shape) <= self.limit
 
     def larger_devices(self) -> list[Cluster]:
         """Shipped clusters of as many devices with more memory: those of the same family (a100-40gb, a100-80gb) first, then by memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,17 +12,23 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autotp.batch_axes import sizes_of
 from autotp.eager_check import confirm
 from autotp.errors import AutotpError
 from autotp.mesh import parse_mesh
+from autotp.mesh_choice import does_not_fit, plan_on
+from autotp.mesh_search import MeshSearch, Traced
+from autotp.mesh_shapes import check_devices
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
 from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values, weights_digest
+from autotp.recommendation import USABLE
 from autotp.rewrite import rewrite
 from autotp.runtime.agreement import agree, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.random import seed_module
+from autotp.solve import OutOfMemoryError
 from autotp.trace import trace
 
 Mesh = int | Sequence[int] | Mapping[str, int] | DeviceMesh
@@ -32,7 +39,8 @@ def plan(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
+    gpus: int | None = None,
     cluster: str | Path | Cluster | None = None,
     mode: str = "train",
     memory: float | None = None,
@@ -52,6 +60,8 @@ def plan(
         model: any module; its parameters may be fake or on `meta`.
         args, kwargs: example inputs of one step; prices are for their sizes. By default the model's `dummy_inputs`.
         mesh: `8`, `(2, 4)`, `{"dp": 2, "tp": 4}` or a `DeviceMesh`.
+        gpus: in place of a mesh, how many devices: the fastest mesh of so many is searched, as `recommend` does. Its axes `dp` and
+            `fsdp` split the batch, inputs and outputs included, and a plan may use 95 % of a device's memory by default.
         cluster: a name that `autotp clusters` lists, a YAML file, or a `Cluster`; by default `dgx-h100`.
         mode: "train" (forward, backward, optimizer update) or "inference" (forward alone).
         memory: peak bytes allowed per device; no limit by default.
@@ -66,9 +76,24 @@ def plan(
     Raises:
         AutotpError: the model cannot be traced, or a request cannot be met; the message says what to do.
     """
-    request = Request(parse_mesh(mesh), mode, memory, pins, inputs, outputs, compiled=compiled, optimizer=optimizer)
+    priced = _cluster(cluster, torch.device("cuda"))
+    if (mesh is None) == (gpus is None):
+        raise AutotpError("give either mesh, such as mesh={'dp': 2, 'tp': 4}, or gpus, such as gpus=8")
+    if gpus is not None:
+        check_devices(priced, gpus)
+        if inputs or outputs:
+            raise AutotpError("inputs and outputs name axes of a mesh, which gpus leaves open: give a mesh in place of gpus")
+        memory = USABLE * priced.accelerator.memory_bytes if memory is None else memory
+    axes = {"tp": 1} if mesh is None else parse_mesh(mesh)
+    request = Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled, optimizer=optimizer)
     program = trace(model, args, kwargs)
-    return make_plan(program, request, _cluster(cluster, torch.device("cuda")), type(model).__name__)
+    search = MeshSearch(Traced(program, None, None), request, priced, type(model).__name__, by_batch=gpus is not None)
+    if gpus is not None:
+        return plan_on(replace(search, traced=Traced(program, *sizes_of(program))), gpus)
+    try:
+        return make_plan(program, request, priced, search.model)
+    except OutOfMemoryError as error:
+        raise does_not_fit(search, axes, error.least) from error
 
 
 def parallelize(

@@ -24,6 +24,13 @@ def batch_size(program: Program) -> int | None:
     return first[0] if first else None
 
 
+def sizes_of(program: Program) -> tuple[int | None, int | None]:
+    """Batch and sequence of the first input, as traced; the sequence is None unless it is a matrix of tokens."""
+    first = next((node.outputs[0] for node in program.nodes if node.kind == "input"), None)
+    of_tokens = first is not None and len(first.hint) == 2 and not first.dtype.is_floating_point
+    return batch_size(program), first.hint[1] if first and of_tokens else None
+
+
 def batch_factors(program: Program, rules: Mapping[int, Rule | None]) -> tuple[dict[Ref, int], dict[int, str]]:
     """Where the batch is: tensor → its dim, and operator → its factor, for every tensor and operator that has it.
 

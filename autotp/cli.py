@@ -106,7 +106,10 @@ def plan(
         str | None, typer.Option(metavar="NAME|FILE", help="Cluster to price for (default dgx-h100).")
     ] = None,
     mesh: Annotated[str | None, typer.Option(metavar="MESH", help="Devices: 8, 2x4 or dp=2,tp=4 (default 8).")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences per step (default 1).")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="In place of a mesh: the fastest mesh of N devices; dp splits the batch.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences per step (default 1; with --gpus one per device).")] = None,
     seq: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens per sequence (default the model's maximum, at most 4096).")
     ] = None,
@@ -117,7 +120,8 @@ def plan(
         str, typer.Option(metavar="train|inference", help="With backward and update, or forward alone.")
     ] = "train",
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Peak memory allowed per device, e.g. 80GB (default no limit).")
+        str | None,
+        typer.Option(metavar="SIZE", help="Peak memory allowed per device, e.g. 80GB (default none; with --gpus 95 % of the device's)."),
     ] = None,
     pin: Annotated[
         list[str] | None,
@@ -155,21 +159,44 @@ def plan(
     if not model.startswith("hf:") and not is_callable_spec(model):
         config_path(model)
     priced = load_cluster(DEFAULT_CLUSTER if cluster is None else cluster)
-    axes = _axes(DEFAULT_MESH if mesh is None else mesh, priced)
+    if gpus is not None:
+        from autotp.mesh_shapes import check_devices
+        from autotp.recommendation import USABLE
+
+        if mesh is not None:
+            raise AutotpError(f"--mesh {mesh} and --gpus {gpus} are both given: keep one; --gpus searches the mesh")
+        check_devices(priced, gpus)
+        limit = USABLE * priced.accelerator.memory_bytes if limit is None else limit
+    axes = {"tp": 1} if gpus is not None else _axes(DEFAULT_MESH if mesh is None else mesh, priced)
     with progress() as step, calm_collector(), guest(model):
         step("loading PyTorch")
+        from autotp.batch_axes import batch_size
         from autotp.kpi import rates
-        from autotp.models import load_model
+        from autotp.mesh_choice import does_not_fit, plan_on
+        from autotp.mesh_search import MeshSearch, Traced
+        from autotp.models import load_model, takes_batch
         from autotp.planning import Request, make_plan
+        from autotp.solve import OutOfMemoryError
         from autotp.trace import trace
 
         request = Request(axes, mode, limit, pins, optimizer=optimizer, compiled=compiled)
+        of_each = gpus is not None and batch is None and takes_batch(model)
+        batch = gpus if of_each else batch
         step(f"building {model}")
         loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, mode=mode, fake=True)
         step(f"tracing {loaded.name}")
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
-        step(f"planning {loaded.name} on {' × '.join(f'{name}={size}' for name, size in axes.items())}")
-        found = make_plan(program, request, priced, loaded.name)
+        traced = Traced(program, loaded.batch or batch_size(program), loaded.seq)
+        search = MeshSearch(traced, request, priced, loaded.name, by_batch=gpus is not None, progress=step)
+        unit = "GiB" if memory is None else unit_of(memory)
+        try:
+            if gpus is not None:
+                found = plan_on(search, gpus, unit)
+            else:
+                step(f"planning {loaded.name} on {' × '.join(f'{name}={size}' for name, size in axes.items())}")
+                found = make_plan(program, request, priced, loaded.name)
+        except OutOfMemoryError as error:
+            raise error if gpus is not None else does_not_fit(search, axes, error.least, unit) from None
     size = found.batch if loaded.batch is None else loaded.batch
     found = replace(
         found,
@@ -178,7 +205,8 @@ def plan(
         kpi={**found.kpi, **rates(size, loaded.seq, found.time.step_s)},
         notes=(*loaded.notes, *found.notes),
     )
-    defaults = [f"--cluster {DEFAULT_CLUSTER}"] * (cluster is None) + [f"--mesh {DEFAULT_MESH}"] * (mesh is None)
+    defaults = [f"--cluster {DEFAULT_CLUSTER}"] * (cluster is None)
+    defaults += [f"--mesh {DEFAULT_MESH}"] * (mesh is None and gpus is None) + [f"--batch {batch}"] * of_each
     text = plan_text(found, format, defaults, to_screen=output is None)
     if output is None:
         typer.echo(text)

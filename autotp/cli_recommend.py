@@ -88,9 +88,8 @@ def _recommend(
 ) -> Recommendation:
     from autotp.advice import Search
     from autotp.batch_axes import batch_size
-    from autotp.loading import is_callable_spec
     from autotp.mesh_search import Traced
-    from autotp.models import accepts, find_callable, load_model
+    from autotp.models import load_model, takes_batch
     from autotp.trace import trace
 
     @cache
@@ -100,7 +99,7 @@ def _recommend(
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
         return loaded.name, Traced(program, loaded.batch or batch_size(program), loaded.seq, loaded.notes)
 
-    varies = not is_callable_spec(model) or accepts(find_callable(model), "batch")
+    varies = takes_batch(model)
     name, traced = traced_at(batch or (gpus if varies else None))
     search = Search(name, gpus, cluster, mode, memory, time_limit, step, unit)
     return search.run(traced, (lambda size: traced_at(size)[1]) if varies else None, choose_batch=batch is None)

@@ -159,6 +159,12 @@ def _fit(free: Problem, solution: Solution, walked: Walked, limit: float) -> Fit
     return min(Fitted(solution, everything, memory, seconds + everything.seconds), nothing, key=lambda fitted: fitted.memory.total)
 
 
+def smallest_peak(walked: Walked) -> float:
+    """Peak bytes of a plan that makes again nothing, or everything that it can: the smaller one."""
+    everything = recomputation(walked.ladders, float("inf"))
+    return min(walked.memory.total, walked.again(everything.recomputed).total if everything.recomputed else float("inf"))
+
+
 def _judged(best: Fitted, free: Solution, gap: float) -> Solution:
     """The solution of a plan within the limit, with what is really proved of it: how far it is from the bound of plans without a limit.
 

@@ -14,7 +14,7 @@ from math import inf, prod
 
 from autotp.kpi import rates
 from autotp.mesh_shapes import data_axes, data_parallel, mesh_name, node_size, variants
-from autotp.planning import Request, for_mode, make_plan
+from autotp.planning import Request, for_mode, least_peak, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import Cluster
 from autotp.price.memory import OPTIMIZERS
@@ -36,6 +36,9 @@ FINALISTS, NEAR = 2, 1.25
 
 HOPELESS = 4.0
 """Where a mesh needs so many times the memory limit, others of no more devices are not tried."""
+
+TOO_MUCH = 1.5
+"""Where the plan with the smallest estimate needs so many times the memory limit, no other is looked for."""
 
 GROWTH, TRIES = 16, 4
 """What would fit is looked for on up to this many times the devices, and on so many meshes."""
@@ -100,11 +103,18 @@ class MeshSearch:
         Raises:
             OutOfMemoryError, OutOfTimeError: none was found.
         """
-        data = data_axes(mesh) if self.by_batch else self.request.data
-        request = replace(self.request, axes=mesh, memory=limit, data=data)
+        request = self.asked(mesh, limit)
         plan = make_plan(self.traced.program, request, self.cluster, self.model, time_limit=self.time_limit, gap=GAP)
         batch, sequence = self.traced.batch or plan.batch, self.traced.sequence
         return replace(plan, batch=batch, sequence=sequence, kpi={**plan.kpi, **rates(batch, sequence, plan.time.step_s)})
+
+    def asked(self, mesh: Mapping[str, int], limit: float | None) -> Request:
+        """What is asked of a plan on a mesh within `limit` bytes per device."""
+        return replace(self.request, axes=mesh, memory=limit, data=data_axes(mesh) if self.by_batch else self.request.data)
+
+    def least(self, mesh: Mapping[str, int]) -> float:
+        """Bytes per device that some plan on a mesh keeps to, be it slow: near the least, and found in seconds."""
+        return least_peak(self.traced.program, self.asked(mesh, self.request.memory), self.cluster, time_limit=self.time_limit)
 
     def candidates(self, meshes: Sequence[Mapping[str, int]], found: Iterable[Candidate] = ()) -> list[Candidate]:
         """Every mesh: planned, or with the reason why not. Not listed are those left out because of what others need or take.
@@ -149,6 +159,9 @@ class MeshSearch:
         if needs:
             return Candidate(mesh, None, max(needs))
         self.say("planning within the memory limit", mesh, count)
+        least = self.least(mesh)
+        if least > TOO_MUCH * self.limit:
+            return Candidate(mesh, None, least)
         try:
             return Candidate(mesh, self.plan(mesh, self.request.memory))
         except OutOfMemoryError as error:
@@ -166,8 +179,8 @@ class MeshSearch:
         fresh = [shape for place, shape in enumerate(shapes) if list(shape.items()) not in known and shape not in shapes[:place]]
         return [*found, *self.candidates(fresh, found)]
 
-    def nearest(self, mesh: Mapping[str, int], least: float) -> tuple[Candidate | None, list[Mapping[str, int]]]:
-        """The smallest larger mesh on which the model fits, and those that were tried in vain.
+    def nearest(self, mesh: Mapping[str, int], least: float) -> tuple[Mapping[str, int] | None, float, list[Mapping[str, int]]]:
+        """The smallest larger mesh on which the model fits, bytes per device of a plan there, and the meshes tried in vain.
 
         Args:
             mesh: one on which it does not fit.
@@ -176,19 +189,16 @@ class MeshSearch:
         """
         vain: list[Mapping[str, int]] = []
         for larger in self.larger(mesh):
-            if least * prod(mesh.values()) / prod(larger.values()) > self.limit:
-                continue
             if len(vain) == TRIES:
                 break
+            if least * prod(mesh.values()) / prod(larger.values()) > self.limit:
+                continue
             self.say("looking for what would fit:", larger)
-            try:
-                plan = self.plan(larger, None)
-                if plan.memory.total > self.limit:
-                    plan = self.plan(larger, self.request.memory)
-                return Candidate(larger, plan), vain
-            except (OutOfMemoryError, OutOfTimeError):
-                vain.append(larger)
-        return None, vain
+            needed = self.least(larger)
+            if needed <= self.limit:
+                return larger, needed, vain
+            vain.append(larger)
+        return None, inf, vain
 
     def larger(self, mesh: Mapping[str, int]) -> list[dict[str, int]]:
         """The mesh with one axis two, four, … times as large, as far as the cluster and the batch go; fewest devices first."""

@@ -85,6 +85,15 @@ def load_model(
     return build_from_callable(function, spec, arguments, dtype=target, mode=mode, fake=fake)
 
 
+def takes_batch(spec: str) -> bool:
+    """Whether a batch can be set for the model that `spec` names: a callable may lack the argument.
+
+    Raises:
+        AutotpError: there is no such callable.
+    """
+    return not is_callable_spec(spec) or accepts(find_callable(spec), "batch")
+
+
 # Python callables
 
 

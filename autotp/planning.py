@@ -13,15 +13,16 @@ from autotp.decisions import Decisions, read_plan
 from autotp.describe import describe, fingerprint
 from autotp.errors import AutotpError
 from autotp.fold import fold
-from autotp.formulate import Border, border_tensors, formulate
+from autotp.formulate import Border, Formulation, border_tensors, formulate
 from autotp.layouts import Layout
-from autotp.memory_limit import solve_within, walk
+from autotp.memory_limit import Walked, smallest_peak, solve_within, walk
 from autotp.mesh import border_layouts, output_names
 from autotp.plans import Plan, code_of
 from autotp.price.cluster import Cluster
 from autotp.price.conversion import ConversionPrices
 from autotp.price.memory import OPTIMIZERS
 from autotp.program import Program, Ref, Size, TensorType
+from autotp.solve import Solution, least_plan
 from autotp.strategies import Space, build_space
 from autotp.words import apply_pins
 
@@ -71,16 +72,26 @@ def prepare(program: Program, request: Request) -> tuple[Space, Border]:
     return space, Border(inputs, outputs)
 
 
-def make_plan(
-    program: Program, request: Request, cluster: Cluster, model: str, *, time_limit: float = 300.0, gap: float = 1e-4
-) -> Plan:
-    """Price every strategy, solve, name the result and check it.
+@dataclass(frozen=True)
+class Posed:
+    """A request written as a problem: what `solve_within` and `describe` need."""
 
-    Args:
-        time_limit, gap: seconds for the solver, and the relative distance from the optimum at which it may stop.
+    program: Program
+    space: Space
+    border: Border
+    prices: ConversionPrices
+    formulation: Formulation
+
+    def walk(self, found: Solution) -> Walked:
+        """Peak bytes per device of a solution, and what it could make again."""
+        return walk(self.space, self.prices, self.border, self.formulation, found)
+
+
+def pose(program: Program, request: Request, cluster: Cluster) -> Posed:
+    """List and price every strategy.
 
     Raises:
-        AutotpError: a pin, a border declaration or the memory limit cannot be kept.
+        AutotpError: a pin or a border declaration cannot be kept, or the mesh is larger than the cluster.
     """
     if cluster.max_devices is not None and prod(request.mesh) > cluster.max_devices:
         raise AutotpError(
@@ -99,10 +110,32 @@ def make_plan(
         data = [place for place, name in enumerate(request.axes) if name in request.data]
         space, allowed = narrowed(space, keep_to_batch(space, data, allowed))
         prices.places = layouts_in_use(space, border_tensors(space, border))
-    formulation = formulate(space, prices, border, allowed, request.memory)
-    fitted = solve_within(
-        formulation.problem, lambda found: walk(space, prices, border, formulation, found), time_limit=time_limit, gap=gap
-    )
+    return Posed(program, space, border, prices, formulate(space, prices, border, allowed, request.memory))
+
+
+def least_peak(program: Program, request: Request, cluster: Cluster, *, time_limit: float = 60.0) -> float:
+    """Peak bytes per device of the plan with the smallest estimate, which makes again what it can: some plan needs no more.
+
+    Raises: as `pose`.
+    """
+    posed = pose(program, request, cluster)
+    return smallest_peak(posed.walk(least_plan(posed.formulation.problem, time_limit=time_limit)))
+
+
+def make_plan(
+    program: Program, request: Request, cluster: Cluster, model: str, *, time_limit: float = 300.0, gap: float = 1e-4
+) -> Plan:
+    """Price every strategy, solve, name the result and check it.
+
+    Args:
+        time_limit, gap: seconds for the solver, and the relative distance from the optimum at which it may stop.
+
+    Raises:
+        AutotpError: a pin, a border declaration or the memory limit cannot be kept.
+    """
+    posed = pose(program, request, cluster)
+    program, space, border, prices, formulation = posed.program, posed.space, posed.border, posed.prices, posed.formulation
+    fitted = solve_within(formulation.problem, posed.walk, time_limit=time_limit, gap=gap)
     plan = describe(
         space,
         prices,
@@ -118,7 +151,15 @@ def make_plan(
         recomputation=fitted.recomputation,
     )
     check(program, space, plan)
-    return plan
+    device = cluster.accelerator.memory_bytes
+    return plan if plan.memory.total <= device else replace(plan, notes=(*plan.notes, _too_large(plan.memory.total, device)))
+
+
+def _too_large(needed: float, device: float) -> str:
+    return (
+        f"does not fit: it needs {needed / 2**30:.4g} GiB of {device / 2**30:.4g} GiB per device; "
+        "give a memory limit, use more devices, or a smaller batch"
+    )
 
 
 def adopt(program: Program, request: Request, plan: Plan) -> tuple[Space, Decisions]:

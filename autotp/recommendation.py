@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # it brings torch, which a wrong number of devices does not n
 TIE = 0.02
 """Step times that differ by less, relative, count as equal: fewer devices, then the simpler mesh, come first."""
 
+USABLE = 0.95
+"""Share of a device's memory that a plan may fill by default; the rest is left to the driver, NCCL and the allocator's gaps."""
+
 MODEL_ERROR = 0.10
 """Predicted times of layers are off by up to this share (docs/accuracy.md, Layers): smaller differences may be the other way round."""
 

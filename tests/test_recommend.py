@@ -38,7 +38,8 @@ LLAMA_2_13B = {
 
 def fake(mesh: dict[str, int], step_s: float, communication_s: float = 0.0, words: str = "") -> Candidate:
     plan = Plan(
-        model="m", mode="train", mesh=mesh, cluster="c", batch=8, sequence=16, program="", nodes=(), conversions=(), strategies={"m": words} if words else {},
+        model="m", mode="train", mesh=mesh, cluster="c", batch=8, sequence=16, program="", nodes=(), conversions=(),
+        strategies={"m": words} if words else {},
         collectives={"forward": {}, "backward": {}}, time=Time(step_s, step_s - communication_s, communication_s),
         memory=MemoryUse(1e9, 0, 0, 0, 0), solver=Solver("HiGHS", "optimal", 0.0, 0.0),
         kpi={"tokens_per_s": 128 / step_s, "samples_per_s": 8 / step_s, "model_flops_utilisation": 0.5},
@@ -99,8 +100,8 @@ def test_ties_go_to_fewer_gpus_and_simpler_meshes() -> None:
         ),
         (
             [fake({"dp": 2, "tp": 4}, 1.0), fake({"tp": 4, "dp": 2}, 1.3), Candidate({"tp": 1}, None, bound_s=4.0)],
-            "Tensor parallelism over 4 GPUs inside a node and data parallelism over 2 such groups are best: tensor parallelism across nodes "
-            "(tp=4 × dp=2) takes 1.30× the time per step, one GPU takes at least 4.00× the time per step.",
+            "Tensor parallelism over 4 GPUs inside a node and data parallelism over 2 such groups are best: tensor parallelism across "
+            "nodes (tp=4 × dp=2) takes 1.30× the time per step, one GPU takes at least 4.00× the time per step.",
         ),
         ([fake({"dp": 2, "cp": 4}, 1.0, words="sequence")], "Sequence parallelism over 4 GPUs inside a node and data parallelism over 2"),
         ([fake({"tp": 8}, 1.0), fake({"tp": 1}, 2.0)], "Tensor parallelism over 8 GPUs across nodes is best: one GPU takes 2.00×"),
