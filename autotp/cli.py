@@ -1,4 +1,4 @@
-"""The command line: `autotp plan`, `recommend`, `verify`, `calibrate` and `clusters`.
+"""The command line: `autotp plan`, `recommend`, `scale`, `verify`, `calibrate` and `clusters`.
 
 The result goes to stdout and nothing else does; progress and errors go to stderr. Options are checked before PyTorch is
 imported, which takes seconds. Exit codes: 0 done, 1 a check failed (or a bug in autotp), 2 wrong input, 130 interrupted.
@@ -21,6 +21,7 @@ import typer
 
 from autotp.cli_calibrate import calibrate
 from autotp.cli_recommend import recommend
+from autotp.cli_scale import scale
 from autotp.errors import AutotpError
 from autotp.price.cluster import DEFAULT_CLUSTER
 
@@ -284,6 +285,7 @@ def clusters() -> None:
 
 app.command()(calibrate)
 app.command()(recommend)
+app.command()(scale)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
