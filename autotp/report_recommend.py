@@ -133,8 +133,10 @@ def words(candidate: Candidate) -> str:
             if node.op == "parameter" and plan.mode == "train":
                 kinds = node.outputs[0].split("|")
                 resting[", ".join(list(plan.mesh)[axis] for axis in axes if kinds[axis].startswith("S"))] += node.copies
-        over = resting.most_common(1)[0][0] if resting else ""
-        parts.append("batch" if not over else "batch, state sharded" + (f" over {over}" if len(axes) > 1 else ""))
+        split = Counter({where: count for where, count in resting.items() if where})
+        some = "" if split.total() > resting[""] else "some "
+        over = f" over {split.most_common(1)[0][0]}" if split and len(axes) > 1 else ""
+        parts.append(f"batch, {some}state sharded{over}" if split else "batch")
     counted = Counter(word for joined in plan.strategies.values() for word in joined.split("+") if word not in ("batch", "replicate"))
     if candidate.tensor_parallel > 1:
         parts.append(", ".join(word for word, _ in counted.most_common(WORDS)) or "replicated")

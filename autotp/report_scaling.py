@@ -135,8 +135,8 @@ def render(study: ScalingStudy, width: int | None = None, color: bool = False) -
     titles, rows = _cells(study)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
     for title in titles:
-        side = "left" if title in ("mesh", "strategies") else "right"
-        table.add_column(title, justify=side, no_wrap=title != "strategies", overflow="fold")
+        of_words = title in ("mesh", "strategies")
+        table.add_column(title, justify="left" if of_words else "right", no_wrap=title != "strategies", overflow="fold")
     for point, row in zip(study.points, rows, strict=True):
         table.add_row(*row, style="" if point.best.plan else "bright_black")
     notes = [Text.assemble(("note: ", "yellow"), note) for note in study.notes]
@@ -155,7 +155,7 @@ def figure(study: ScalingStudy) -> Figure:
 
     fitting = [point for point in study.points if point.best.plan]
     if not fitting:
-        raise AutotpError(f"{study.model} fits on none of these numbers of GPUs, so nothing can be plotted: take more, or less work per GPU")
+        raise AutotpError(f"{study.model} fits on none of these numbers of GPUs, so there is no plot: take more, or less work per GPU")
     counts = [point.gpus for point in fitting]
     base, name = (2**30, "GiB") if "i" in study.unit else (1e9, "GB")
     page = Figure(figsize=(12, 4.2), layout="constrained")
