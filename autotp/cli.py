@@ -7,19 +7,17 @@ imported, which takes seconds. Exit codes: 0 done, 1 a check failed (or a bug in
 from __future__ import annotations
 
 import os
-import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autotp.cli_calibrate import calibrate
+from autotp.cli_common import FORMATS, SUFFIXES, calm_collector, check_writable, guest, parse_pins, parse_size, progress, screen, unit_of
 from autotp.cli_recommend import recommend
 from autotp.cli_scale import scale
 from autotp.errors import AutotpError
@@ -31,15 +29,6 @@ if TYPE_CHECKING:
     from autotp.verify import VerifyReport
 
 DEFAULT_MESH = "8"
-FORMATS = ("table", "yaml", "json")
-QUIET = 15.0
-"""Seconds between two lines of progress on a stderr that is no terminal; what takes less time says nothing."""
-SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
-UNITS = {"": 1, "b": 1} | {
-    prefix + unit: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for unit, base in (("b", 1000), ("ib", 1024), ("", 1000))
-}
 MODEL = "hf:ID, a Hugging Face config.json or its directory, file.py:callable, or package.module:callable."
 
 app = typer.Typer(
@@ -279,7 +268,7 @@ def clusters() -> None:
             "–" if peak is None else f"{peak / 1e12:.4g} TFLOP/s",
             f"{cluster.accelerator.memory_bytes / 1e9:.4g} GB",
         )
-    width, color = _screen()
+    width, color = screen()
     typer.echo(to_text(table, width, color), color=color)
 
 
@@ -289,60 +278,6 @@ app.command()(scale)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
-
-
-def parse_size(text: str) -> float:
-    """Bytes of `80GB`, `80GiB`, `512MB`, `1.5g` or a plain number of bytes; without `i` the units are decimal.
-
-    Raises:
-        AutotpError: it is none of these, or not above 0.
-    """
-    found = re.fullmatch(r"\s*(-?(?:\d+(?:\.\d+)?|\.\d+))\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in UNITS:
-        raise AutotpError(f"the memory size {text!r} is not understood: write such as 80GB, 80GiB, 512MB, or bytes")
-    count: float = float(found[1]) * UNITS[found[2]]
-    if count <= 0:
-        raise AutotpError(f"the memory size {text!r} must be positive, such as 80GB; leave --memory out for no limit")
-    return count
-
-
-def unit_of(text: str) -> str:
-    """The unit in which a memory size was written, `GB` or `GiB`, for the answer to be told in it too."""
-    return "GiB" if text.lower().rstrip().endswith("ib") else "GB"
-
-
-def parse_pins(pins: Sequence[str]) -> dict[str, str]:
-    """`{"*.q_proj": "column"}` for `*.q_proj=column`.
-
-    Raises:
-        AutotpError: there is no `=`, or a pattern is pinned twice to different words.
-    """
-    found: dict[str, str] = {}
-    for pin in pins:
-        pattern, equals, word = pin.rpartition("=")
-        if not equals or not pattern or not word:
-            raise AutotpError(f"the pin {pin!r} is not understood: write PATTERN=WORD, such as '*.q_proj=column'")
-        if found.setdefault(pattern.strip(), word.strip()) != word.strip():
-            raise AutotpError(f"{pattern!r} is pinned to both {found[pattern.strip()]!r} and {word!r}; keep one")
-    return found
-
-
-def check_writable(path: Path) -> None:
-    """Refuse an output file that cannot be written, before minutes are spent on its contents.
-
-    Raises:
-        AutotpError: it is a directory, or its directory is missing or not writable.
-    """
-    folder = path.parent
-    if path.is_dir():
-        reason = "it is a directory"
-    elif not folder.is_dir():
-        reason = f"there is no directory {folder}"
-    elif not os.access(folder, os.W_OK):
-        reason = f"the directory {folder} is not writable"
-    else:
-        return
-    raise AutotpError(f"cannot write {path}: {reason}; give another --output")
 
 
 def _axes(mesh: str, cluster: Cluster | None = None) -> dict[str, int]:
@@ -374,7 +309,7 @@ def plan_text(plan: Plan, format: str, defaults: Sequence[str], to_screen: bool)
         return str(yaml.safe_dump(plan.to_dict(), sort_keys=False, width=140, allow_unicode=True)).rstrip("\n")
     from autotp.report import render
 
-    width, color = _screen() if to_screen else (None, False)
+    width, color = screen() if to_screen else (None, False)
     text = render(plan, width and min(max(width, 100), 140), color)
     return f"{text}\nby default: {' '.join(defaults)}" if defaults else text
 
@@ -412,65 +347,7 @@ def verify_text(report: VerifyReport) -> str:
         verdict.append(f", but {len(report.refused)} of {len(report.checks)} checks could not be made", "bold yellow")
     last = verdict.append(f" (worst error {report.worst:.1e}; {held})", "default")
     notes = [Text.assemble(("note: ", "yellow"), note) for note in report.notes]
-    width, color = _screen()
+    width, color = screen()
     return to_text(Group(header, table, last, *notes), width, color)
 
 
-def _screen() -> tuple[int, bool]:
-    """Columns of the terminal (140 without one), and whether stdout shows colours."""
-    from shutil import get_terminal_size
-
-    return get_terminal_size((140, 0)).columns, sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-
-@contextmanager
-def progress() -> Iterator[Any]:
-    """A function that says on stderr what is being done: a line that changes on a terminal, else a plain line now and then."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-
-        with Console(stderr=True).status("") as status:
-            yield lambda words: status.update(f"{words} …")
-        return
-    stream, last = sys.stderr, time.monotonic()
-
-    def say(words: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= QUIET:
-            last = time.monotonic()
-            print(f"autotp: {words} …", file=stream, flush=True)
-
-    yield say
-
-
-@contextmanager
-def guest(model: str) -> Iterator[None]:
-    """The model's own code runs inside: what it prints goes to stderr, and it cannot end the process.
-
-    Raises:
-        AutotpError: it called `sys.exit`.
-    """
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    except SystemExit as error:
-        code = "" if error.code is None else repr(error.code)
-        raise AutotpError(f"the code of {model} called sys.exit({code}); it must return a model, or raise an error") from None
-
-
-@contextmanager
-def calm_collector() -> Iterator[None]:
-    """No garbage collection: a plan keeps nearly all that it makes, and looking through it all takes a tenth of the time.
-
-    What was made inside is left out of later collections too, since the process ends soon after.
-    """
-    import gc
-
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if running:
-            gc.enable()

@@ -43,7 +43,7 @@ def calibrate(
     first, alone = os.environ.get("RANK", "0") == "0", os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         with _stoppable(), nullcontext() if alone else _ranks(device):
-            from autotp.cli import progress
+            from autotp.cli_common import progress
             from autotp.runtime.agreement import together
 
             together(lambda: _check_output(output, force) if first else None)
@@ -73,7 +73,7 @@ def calibrate(
 
 
 def _check_output(output: Path, force: bool) -> None:
-    from autotp.cli import check_writable
+    from autotp.cli_common import check_writable
 
     check_writable(output)
     if output.exists() and not force:
@@ -121,7 +121,7 @@ def calibration_text(found: Calibration, output: Path) -> str:
     from rich import box
     from rich.table import Table
 
-    from autotp.cli import _screen
+    from autotp.cli_common import screen
     from autotp.report import to_text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
@@ -133,7 +133,7 @@ def calibration_text(found: Calibration, output: Path) -> str:
     fits = {fit.what: f"{fit.median:.0%}, {fit.p90:.0%}" for fit in found.fits}
     for what, measured, shipped, fitted in _rows(found):
         table.add_row(what, measured, *([shipped] if found.shipped else []), fits.get(fitted, ""))
-    width, color = _screen()
+    width, color = screen()
     table.title, table.title_style, table.title_justify = found.device.label, "bold", "left"
     return f"{to_text(table, width, color)}\nwritten to {output}; plan with --cluster {output}"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autotp.cli_common import FORMATS, SUFFIXES, calm_collector, check_writable, guest, parse_size, progress, screen, unit_of
 from autotp.errors import AutotpError
 from autotp.price.cluster import DEFAULT_CLUSTER
 
@@ -36,7 +37,6 @@ def recommend(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file instead of to the screen.")] = None,
 ) -> None:
     """Rank the meshes of a cluster for MODEL: data parallel, tensor parallel, both; and say what to use. Needs no GPU."""
-    from autotp.cli import FORMATS, SUFFIXES, calm_collector, check_writable, guest, parse_size, progress, unit_of
     from autotp.loading import check_options, config_path, dtype_name, is_callable_spec
     from autotp.price.cluster import load_cluster
 
@@ -117,8 +117,6 @@ def recommendation_text(found: Recommendation, format: str, defaults: list[str],
         import yaml
 
         return str(yaml.safe_dump(to_data(found), sort_keys=False, width=140, allow_unicode=True)).rstrip("\n")
-    from autotp.cli import _screen
-
-    width, color = _screen() if to_screen else (None, False)
+    width, color = screen() if to_screen else (None, False)
     text = render(found, width and min(max(width, 100), 140), color)
     return f"{text}\nby default: {' '.join(defaults)}" if defaults else text

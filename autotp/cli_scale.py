@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from autotp.cli_common import calm_collector, check_writable, guest, parse_size, progress, screen, unit_of
 from autotp.errors import AutotpError
 from autotp.price.cluster import DEFAULT_CLUSTER
 
@@ -36,7 +37,6 @@ def scale(
     ] = None,
 ) -> None:
     """Plan MODEL on more and more devices: the fastest mesh, time per step, memory and communication of each. Needs no GPU."""
-    from autotp.cli import _screen, calm_collector, check_writable, guest, parse_size, progress, unit_of
     from autotp.loading import check_options, config_path, dtype_name, is_callable_spec
     from autotp.mesh_shapes import check_devices
     from autotp.price.cluster import load_cluster
@@ -95,7 +95,7 @@ def scale(
     unit = "GiB" if memory is None else unit_of(memory)
     notes = (*traced.notes, *traced.program.notes)
     study = ScalingStudy(name, parameters, mode, priced.name, share, traced.sequence, limit, device, points, notes, unit)
-    width, color = _screen()
+    width, color = screen()
     typer.echo(render(study, min(max(width, 100), 140), color), color=color)
     if output is not None:
         write(study, output)

@@ -86,7 +86,8 @@ def _share(point: ScalingPoint) -> float | None:
 
 
 def _title(study: ScalingStudy) -> str:
-    said = f"{study.model} ({study.parameters / 1e9:.3g}B parameters) · {study.mode} · {study.cluster}"
+    letter, scale = next((pair for pair in (("T", 1e12), ("B", 1e9)) if study.parameters >= 0.99 * pair[1]), ("M", 1e6))
+    said = f"{study.model} ({study.parameters / scale:.3g}{letter} parameters) · {study.mode} · {study.cluster}"
     work = "weak" if study.per_gpu is not None else "strong"
     said += f" · {work} scaling" + (f", {study.per_gpu} per GPU" if study.per_gpu is not None else "")
     return said + (f" · sequence {study.sequence}" if study.sequence is not None else "")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from autotp import planning
 from autotp.batch_axes import batch_border, batch_factors
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
@@ -96,3 +97,16 @@ def test_a_pinned_plan_is_executable() -> None:
     space, decisions = adopt(program, Request(mesh), plan)
     assert prod(space.mesh) == 4
     assert decisions is not None
+
+
+@pytest.mark.parametrize(("mesh", "data"), [({"dp": 2, "tp": 2}, ("dp",)), ({"dp": 2, "fsdp": 2, "tp": 2}, ("dp", "fsdp"))])
+def test_what_is_left_unpriced_is_in_no_better_plan(monkeypatch: pytest.MonkeyPatch, mesh: dict[str, int], data: tuple[str, ...]) -> None:
+    """A plan from all strategies and layouts is as fast as one from those that the data-parallel axes allow."""
+    case = example("mlp", batch=8)
+    program = trace(case.model, case.args, case.kwargs, dynamic=False)
+    found = make_plan(program, Request(mesh, data=data), splitting_pays(), "mlp", gap=1e-9)
+    monkeypatch.setattr(planning, "narrowed", lambda space, allowed: (space, allowed))
+    monkeypatch.setattr(planning, "layouts_in_use", lambda space, leaving: {})
+    whole = make_plan(program, Request(mesh, data=data), splitting_pays(), "mlp", gap=1e-9)
+    assert found.time.step_s == pytest.approx(whole.time.step_s, rel=1e-8)
+    assert found.kpi["shard_efficiency"] == pytest.approx(whole.kpi["shard_efficiency"])

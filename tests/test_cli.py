@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from autotp import cli
+from autotp import cli, cli_common
 from autotp.errors import AutotpError
 from autotp.plans import Plan
 
@@ -262,7 +262,7 @@ def test_verify_options(autotp: Any) -> None:
 def test_unwritable_directory(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(AutotpError, match="is not writable"):
-        cli.check_writable(tmp_path / "plan.yaml")
+        cli_common.check_writable(tmp_path / "plan.yaml")
 
 
 def test_a_bug_and_an_interruption(autotp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,13 +293,13 @@ def test_a_bug_and_an_interruption(autotp: Any, monkeypatch: pytest.MonkeyPatch)
     [("80GB", 80e9), ("80GiB", 80 * 2**30), ("512mb", 512e6), ("1.5 TB", 1.5e12), ("1000", 1000.0), ("2g", 2e9)],
 )
 def test_sizes(text: str, count: float) -> None:
-    assert cli.parse_size(text) == count
+    assert cli_common.parse_size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GB", "--1GB", "1e9", "12 apples", "0XB"])
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(AutotpError, match="is not understood"):
-        cli.parse_size(text)
+        cli_common.parse_size(text)
 
 
 # As a process

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import autotp
-from autotp import cli
+from autotp import cli, cli_common
 from autotp.errors import AutotpError
 from autotp.mesh_shapes import check_devices, mesh_name, meshes_of
 from autotp.plans import MemoryUse, Plan, Solver, Time
@@ -199,7 +199,7 @@ def test_a_memory_limit_decides_what_fits() -> None:
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs `autotp recommend` in this process: (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setattr(cli, "QUIET", 3600.0)
+    monkeypatch.setattr(cli_common, "QUIET", 3600.0)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit:

@@ -106,7 +106,7 @@ def test_json_keys(plan: Plan) -> None:
     found = json.loads(json.dumps(to_json(plan)))
     assert list(found) == [
         *("model", "mode", "cluster", "mesh", "batch", "sequence", "strategies", "collectives"),
-        *("time", "memory", "solver", "kpi", "recomputed"),
+        *("time", "memory", "solver", "kpi", "recomputed", "notes"),
     ]
     assert found["strategies"]["layers.3.down"] == "row"
     assert found["collectives"] == {"forward": {"all_reduce": 4}, "backward": {"all_reduce": 1}}

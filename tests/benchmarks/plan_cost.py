@@ -29,7 +29,7 @@ def measure(model: str, mesh: str) -> dict[str, float]:
     import torch
     import transformers  # noqa: F401
 
-    from autotp.cli import calm_collector
+    from autotp.cli_common import calm_collector
     from autotp.mesh import parse_mesh
     from autotp.models import load_model
     from autotp.planning import Request, make_plan
