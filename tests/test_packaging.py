@@ -55,7 +55,7 @@ def test_wheel_declares_entry_point_licence_and_requirements(wheel: Path) -> Non
         described = archive.read(f"{info}/METADATA").decode()
     assert "Requires-Python: >=3.11" in described
     assert re.search(r"^Requires-Dist: torch<2\.14,>=2\.11$", described, re.MULTILINE)
-    for extra in ("hf", "fast", "test", "dev"):
+    for extra in ("hf", "fast", "plot", "test", "dev"):
         assert f"Provides-Extra: {extra}" in described
 
 
