@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -176,8 +176,13 @@ def operator_library() -> Iterator[torch.library.Library]:
         library._destroy()
 
 
-def define_operator(library: torch.library.Library, number: int, outputs: Sequence[torch.Tensor]) -> Any:
-    """A new operator of tensors and sizes, which in a trace gives new tensors like `outputs`."""
+def define_operator(
+    library: torch.library.Library, number: int, outputs: Sequence[torch.Tensor], *, differentiable: bool = False
+) -> Any:
+    """A new operator of tensors and sizes, which in a trace gives new tensors like `outputs`.
+
+    If `differentiable`, these require gradients where an operand does (which in a trace nobody computes).
+    """
     name = f"call_{id(library)}_{number}"
     library.define(f"{name}(Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
     likes = [(tuple(out.shape), tuple(out.stride()), out.dtype, out.device) for out in outputs]
@@ -185,7 +190,12 @@ def define_operator(library: torch.library.Library, number: int, outputs: Sequen
     def fake(tensors: list[torch.Tensor], sizes: list[Any]) -> list[torch.Tensor]:
         return [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in likes]
 
+    def backward(*_: Any) -> Any:
+        raise NotImplementedError
+
     library._register_fake(name, fake)
+    if differentiable:
+        torch.library.register_autograd(f"autotp_trace::{name}", backward, lib=library)
     return getattr(torch.ops.autotp_trace, name).default
 
 
@@ -281,3 +291,50 @@ def index_function() -> tuple[Any, str]:
     from torch._dynamo import _trace_wrapped_higher_order_op
 
     return _trace_wrapped_higher_order_op, "mod_index"
+
+
+def plain_modules(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) for a module and all inside it, under every name, read past what an export puts in their place."""
+    yield "", module
+    for label, child in vars(module)["_modules"].items():
+        if child is not None:
+            for name, part in plain_modules(child):
+                yield f"{label}.{name}".rstrip("."), part
+
+
+def hooks_of(module: torch.nn.Module) -> bool:
+    """Whether any hook runs when the module is called."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(vars(module)[name] for name in names)
+
+
+def global_hooks() -> bool:
+    """Whether hooks run when any module is called."""
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def surroundings() -> tuple[Any, ...]:
+    """What of PyTorch's state an operator's recording depends on: modes, gradients, defaults."""
+    modes = tuple(map(id, torch.overrides._get_current_function_mode_stack()))
+    return torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch.get_default_dtype(), modes
+
+
+class Recording:
+    """The graph of the export that is under way."""
+
+    def __init__(self) -> None:
+        """Raises LookupError if there is none."""
+        mode = get_proxy_mode()
+        if mode is None or not hasattr(mode.tracer, "graph"):
+            raise LookupError
+        self.tracer = mode.tracer
+        self.graph: torch.fx.Graph = mode.tracer.graph
+
+    def node(self, tensor: torch.Tensor) -> torch.fx.Node | None:
+        """The node that stands for a tensor, or None for a constant."""
+        slot = get_proxy_slot(tensor, self.tracer, None)
+        return None if slot is None else slot.proxy.node
+
+    def last(self) -> torch.fx.Node:
+        """The node that was appended last."""
+        return next(iter(reversed(self.graph.nodes)))

@@ -23,7 +23,8 @@ from autotp.autograd_functions import FunctionCalls
 from autotp.collector import Call
 from autotp.composites import write_out
 from autotp.errors import AutotpError
-from autotp.functional import make_functional, running_statistics, site_of, where
+from autotp.expand import Cut, expand
+from autotp.functional import inline_regions, make_functional, running_statistics, site_of, where
 from autotp.grouping import group_by_key
 from autotp.program import Node, Program, Ref, Size, TensorType, collect_refs, map_refs
 from autotp.simplify import REWRITES, STOPS_GRADIENT
@@ -45,6 +46,7 @@ def to_program(
     leaves: list[Any],
     names: tuple[str, ...],
     functions: FunctionCalls | None = None,
+    cut: Cut | None = None,
 ) -> Program:
     """Clean up an exported model.
 
@@ -54,12 +56,17 @@ def to_program(
         leaves: the flattened example inputs, in the order of `exported.call_spec.in_spec`.
         names: their names.
         functions: the custom autograd Functions among the operators.
+        cut: what the export has cut short.
 
     Raises:
+        Inexact: that cannot be undone exactly.
         AutotpError: a size that depends on tensor values, an operator that is not an ordinary one, a parameter that is
             overwritten.
     """
     write_out(exported.graph)
+    inline_regions(exported.graph_module)
+    if cut is not None and cut.calls:
+        expand(exported, cut)
     exported, renamed = make_functional(exported)
     builder = Builder(exported, model, names, renamed, functions or FunctionCalls())
     builder.add_inputs(leaves)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from autotp import _torch
+from autotp.functional import MARK
 
 NAMES = """
     absolute adjoint alpha_dropout arccos arccosh arcsin arcsinh arctan arctan2 arctanh atleast_1d atleast_2d
@@ -79,6 +80,8 @@ def _write_out(graph: fx.Graph, node: fx.Node) -> None:
                 copy = inner[item] = graph.node_copy(item, lambda arg: inner[arg])
                 copy.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
                 copy.meta["val"] = item.meta["val"]
+    if MARK in node.meta and isinstance(result, fx.Node):
+        result.meta[MARK] = [*result.meta.get(MARK, ()), *node.meta[MARK]]
     if isinstance(result, (tuple, list)):
         for user in list(node.users):
             place: Any = user.args[1]

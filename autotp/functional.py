@@ -21,6 +21,9 @@ from autotp.program import op_name
 
 aten = torch.ops.aten
 
+MARK = "autotp_block"
+"""Under this key, a node's `meta` says what it is to which traced block (`autotp.expand`)."""
+
 STATISTICS = {aten.batch_norm.default: (3, 5), aten.instance_norm.default: (3, 5)}
 """Operators that update running statistics, which their schema hides: position of those and of the flag for it."""
 
@@ -40,18 +43,19 @@ def site_of(node: fx.Node) -> tuple[str, str]:
 
 
 def _user_frame(trace: str) -> str:
-    """`file:line` of the last frame of a printed stack that is not PyTorch's own; of the last frame if all are."""
+    """`file:line` of the last frame of a printed stack that is neither PyTorch's nor ours; of the last frame if all are."""
     innermost, end = "", len(trace)
     while (start := trace.rfind('File "', 0, end)) >= 0:
         file, _, rest = trace[start + 6 : start + 600].partition('", line ')
         frame = f"{file}:{rest[: len(rest) - len(rest.lstrip('0123456789'))]}"
-        if not file.startswith((TORCH_DIRECTORY, "<")):
+        if not file.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, "<")):
             return frame
         innermost, end = innermost or frame, start
     return innermost
 
 
 TORCH_DIRECTORY = torch.__file__.removesuffix("__init__.py")
+OWN_DIRECTORY = __file__.removesuffix("functional.py")
 
 
 def where(node: fx.Node) -> str:
@@ -61,19 +65,16 @@ def where(node: fx.Node) -> str:
 
 
 def make_functional(exported: ExportedProgram) -> tuple[ExportedProgram, dict[fx.Node, list[fx.Node]] | None]:
-    """Inline gradient regions and find out how the graph's writes become pure.
+    """Find out how the writes of a graph without regions become pure.
 
     Returns the program to read, and for every in-place node the nodes that share its memory: each of them names the new
     value from there on. None instead of that table if PyTorch has functionalised the graph, which then holds no writes
     and no `torch.vmap` (but repeats views).
 
-    Raises:
-        AutotpError: an autocast region that is on, or a higher-order operator.
     """
-    inline_regions(exported.graph_module)
     if any(_torch.is_vmap(node.target) for node in exported.graph.nodes):
         return exported.run_decompositions({}), None
-    writes = [node for node in exported.graph.nodes if node.op == "call_function" and _writes(node)]
+    writes = [node for node in exported.graph.nodes if node.op == "call_function" and is_write(node)]
     if not writes:
         return exported, {}
     renamed = renamings(exported.graph, writes)
@@ -93,7 +94,7 @@ def running_statistics(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(item for item in found if isinstance(item, fx.Node)) if node.args[flag] else ()
 
 
-def _writes(node: fx.Node) -> bool:
+def is_write(node: fx.Node) -> bool:
     return bool(running_statistics(node)) or _torch.is_mutable(node.target)
 
 

@@ -13,7 +13,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import replace
 from typing import Any
@@ -26,18 +26,20 @@ from autotp import _torch
 from autotp.autograd_functions import FunctionCalls
 from autotp.cleanup import to_program
 from autotp.errors import AutotpError
+from autotp.expand import Cut, Inexact
 from autotp.functional import TORCH_DIRECTORY
 from autotp.interpret import run
 from autotp.program import Program
 from autotp.trace_checks import passed_checks
 from autotp.trace_helpers import prepared
+from autotp.trace_once import Repeats
 from autotp.trace_watch import refuse_frozen_draws, told_eager, watched
 
 __all__ = ["run", "trace"]
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True, whole: bool = False
 ) -> Program:
     """Trace one forward of a model into a `Program`.
 
@@ -49,6 +51,7 @@ def trace(
         dynamic: let all dims of the input tensors vary that can (sizes 0 and 1, and heights and widths of images, cannot). If
             the model does not allow that, sizes are those of the example and a note says why. False: sizes are those of the
             example.
+        whole: trace every copy of repeated blocks, not two of each kind (`trace_once`). The result is the same.
 
     Raises:
         AutotpError: missing or wrong example inputs; a model that cannot be traced.
@@ -72,11 +75,24 @@ def trace(
             stack.enter_context(context)
         drew, places = stack.enter_context(watched(model, notes))
         stack.enter_context(passed_checks(notes))
-        exported = _export(model, args, named, dynamic, notes)
-        if drew():
-            refuse_frozen_draws(exported, lambda: _export(model, args, named, dynamic, []), places)
-        ordered, names = _named_leaves(model, exported, args, named)
-        program = to_program(exported, model, ordered, names, functions)
+        library = stack.enter_context(_torch.operator_library())
+
+        def traced(whole: bool) -> tuple[Program, list[str]]:
+            said: list[str] = []
+            exported, cut = export(said, whole)
+            if drew():
+                refuse_frozen_draws(exported, lambda: export([], whole)[0], places)
+            ordered, names = _named_leaves(model, exported, args, named)
+            return to_program(exported, model, ordered, names, functions, cut), said
+
+        def export(said: list[str], whole: bool) -> tuple[ExportedProgram, Cut]:
+            return _export(model, args, named, dynamic, said, lambda: Repeats(functions, library, whole))
+
+        try:
+            program, said = traced(whole)
+        except Inexact:
+            program, said = traced(True)
+        notes += said
     return replace(program, notes=(*notes, *functions.inlined, *program.notes))
 
 
@@ -140,11 +156,11 @@ def _off_meta(model: nn.Module, mode: Any) -> dict[str, torch.Tensor]:
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool, notes: list[str]
-) -> ExportedProgram:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool, notes: list[str], repeats: Callable[[], Repeats]
+) -> tuple[ExportedProgram, Cut]:
     """Export the model as it runs eagerly: with all dims free or, where that fails, with the example's.
 
-    Only where neither works is code that asks told that it is being exported.
+    Only where neither works is code that asks told that it is being exported. Also gives what was cut short.
     """
     failures: list[Exception] = []
     for truth in (False, True):
@@ -152,7 +168,7 @@ def _export(
             reason = ""
             for free in (True, False) if dynamic else (False,):
                 try:
-                    exported = _exported(model, args, kwargs, free)
+                    exported = _cut_short(model, args, kwargs, free, found := repeats())
                 except Exception as error:
                     failures.append(error)
                     reason = f"{_where(error, model)}: {_first_line(error)}"
@@ -168,10 +184,22 @@ def _export(
                         f"The model asks at {culprit} whether it is being exported and cannot be traced unless it is told so: what "
                         "it computes then may differ from what it computes in eager mode."
                     )
-                return exported
+                return exported, found.cut
         if not asked:
             break
     raise _explained(failures[1 if dynamic else 0], model) from None
+
+
+def _cut_short(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: bool, repeats: Repeats) -> ExportedProgram:
+    """One export, in which calls of repeated blocks are cut short; if it fails for that, a whole one."""
+    try:
+        with repeats.of(model):
+            return _exported(model, args, kwargs, free)
+    except Exception:
+        if not repeats.calls:
+            raise
+    repeats.calls.clear()
+    return _exported(model, args, kwargs, free)
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: bool) -> ExportedProgram:
