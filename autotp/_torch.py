@@ -144,6 +144,10 @@ def untraced() -> Iterator[None]:
         yield
 
 
+unwatched = torch._C.DisableTorchFunction
+"""A context in which asking tensors for their types is seen by no function mode (and costs a twentieth)."""
+
+
 class OperandWatch(TorchDispatchMode):
     """Sees whether operators inside read tensors other than `given` and what is made of them, or draw random numbers."""
 

@@ -7,7 +7,7 @@ block is found again in what they made of it. The graph is then the one of a ful
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ def expand(exported: ExportedProgram, cut: Cut) -> None:
     state = {str(spec.target): spec.arg.name for spec in exported.graph_signature.input_specs if spec.target is not None}
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     owner = {placeholders[name]: target for target, name in state.items()}
+    found: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in cut.operators:
             number, path = cut.calls[node.args[1][0]]
@@ -83,7 +84,14 @@ def expand(exported: ExportedProgram, cut: Cut) -> None:
                     raise Inexact
                 return placeholders[state[name]]
 
-            _copy(graph, node, bodies[number], counterpart, cut.names[number], path)
+            found |= _copied(graph, node, bodies[number], counterpart, cut.names[number], path)
+    for result, new in found.items():  # not before all are copied: bodies are found by the nodes they are given
+        result.replace_all_uses_with(new)
+    for result in found:
+        call: Any = result.args[0]
+        graph.erase_node(result)
+        if not call.users:
+            graph.erase_node(call)
 
 
 def _bodies(graph: fx.Graph, cut: Cut) -> list[_Body]:
@@ -133,10 +141,12 @@ def _memory(*nodes: fx.Node) -> set[int]:
     return {_torch.storage_key(item) for item in tensors if isinstance(item, torch.Tensor)}
 
 
-def _copy(graph: fx.Graph, call: fx.Node, body: _Body, counterpart: Any, name: str, path: str) -> None:
-    """Copies of a block's nodes in the place of one call."""
+def _copied(
+    graph: fx.Graph, call: fx.Node, body: _Body, counterpart: Callable[[fx.Node], fx.Node], name: str, path: str
+) -> dict[fx.Node, fx.Node]:
+    """Copies a block's nodes before one call; gives what takes the place of each of the call's results."""
     operands: Any = call.args[0]
-    if len(operands) < len(body.given) or site_of(call)[0] != path:
+    if len(operands) - len(body.given) not in (0, 1) or site_of(call)[0] != path:
         raise Inexact
     inner: dict[fx.Node, fx.Node] = {node: operands[place] for place, node in body.given.items()}
     outside = call.meta.get("stack_trace") or ""
@@ -146,15 +156,12 @@ def _copy(graph: fx.Graph, call: fx.Node, body: _Body, counterpart: Any, name: s
                 continue  # sizes, which are the same in the copy, and what only checks
             new = graph.node_copy(node, lambda arg: inner.get(arg) or counterpart(arg))
             new.meta = {"val": node.meta["val"], "nn_module_stack": _renamed(node, name, path)}
-            new.meta["stack_trace"] = _joined(outside, node.meta.get("stack_trace") or "")
+            if inside := node.meta.get("stack_trace"):
+                new.meta["stack_trace"] = outside[: split_at(outside)] + inside[split_at(inside) :]
             inner[node] = new
-    for user in list(call.users):
-        place: Any = user.args[1]
-        if place not in body.made or body.made[place] not in inner:
-            raise Inexact
-        user.replace_all_uses_with(inner[body.made[place]])
-        graph.erase_node(user)
-    graph.erase_node(call)
+    if any(body.made.get(user.args[1]) not in inner for user in call.users):  # type: ignore[arg-type, call-overload]
+        raise Inexact
+    return {user: inner[body.made[user.args[1]]] for user in call.users}  # type: ignore[index]
 
 
 def _renamed(node: fx.Node, name: str, path: str) -> dict[str, Any]:
@@ -163,11 +170,6 @@ def _renamed(node: fx.Node, name: str, path: str) -> dict[str, Any]:
     inner, _ = site_of(node)
     inside = f"{inner}.".startswith(f"{name}.")
     return {f"copy_{key}": (path + inner.removeprefix(name) if inside else inner, kind)}
-
-
-def _joined(outside: str, inside: str) -> str:
-    """The printed stack of a copied node: the frames that led to the call, then the block's own."""
-    return outside[: split_at(outside)] + inside[split_at(inside) :]
 
 
 def split_at(text: str) -> int:

@@ -173,7 +173,8 @@ class Repeats:
         if len(known) >= TRIALS and not any(block.body for block in known):
             return run(*args, **kwargs)
         try:
-            call = _Call(candidate, args, kwargs)
+            with _torch.unwatched():
+                call = _Call(candidate, args, kwargs)
         except (Peculiar, Unknown, LookupError):
             return run(*args, **kwargs)
         self.busy = True
@@ -198,7 +199,8 @@ class Repeats:
         roots = reads.roots(set(inside))
         body, found = None, None
         try:
-            body, found = self._body(call, result, reads), _globals(roots)
+            with _torch.unwatched():
+                body, found = self._body(call, result, reads), _globals(roots)
         except (Peculiar, Unknown):
             body = None
         read |= {key for key in call.held if key[1] in ("class", "_parameters", "_buffers", "_modules")}
@@ -210,7 +212,8 @@ class Repeats:
         result = call.run(run)
         first, block.body = block.body, None
         try:
-            body = self._body(call, result, None)
+            with _torch.unwatched():
+                body = self._body(call, result, None)
             if first is not None and _globals(block.roots) == block.globals and same_body(first, body, self.functions):
                 block.body, block.operator = first, self._operator(first)
                 self.confirmed.append(first)
@@ -267,7 +270,8 @@ class Repeats:
         """One operator in place of the call's."""
         body = block.body
         assert body is not None
-        anchor = [tensor for tensor in call.state() if tensor.requires_grad][:1]  # by which the results require gradients
+        with _torch.unwatched():
+            anchor = [tensor for tensor in call.state() if tensor.requires_grad][:1]  # by which the results require gradients
         made = block.operator([*call.tensors, *anchor], [len(self.calls)])
         self.calls.append((self.operators.index(block.operator), call.candidate.name))
         found = {"made": made, "given": call.tensors}
@@ -288,7 +292,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
 
     def number(module: nn.Module) -> int:
         held = vars(module)
-        children = tuple((label, child and number(child)) for label, child in held["_modules"].items())
+        children = tuple((label, None if child is None else number(child)) for label, child in held["_modules"].items())
         tensors = [(label, tensor) for key in ("_parameters", "_buffers") for label, tensor in held[key].items()]
         key = type(module), children, tuple((label, None if tensor is None else (tensor.shape, tensor.dtype)) for label, tensor in tensors)
         kinds[id(module)] = numbers.setdefault(key, len(numbers))
