@@ -341,4 +341,5 @@ class Recording:
 
     def last(self) -> torch.fx.Node:
         """The node that was appended last."""
-        return next(iter(reversed(self.graph.nodes)))
+        node: torch.fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node

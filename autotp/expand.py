@@ -15,8 +15,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from autotp import _torch
-from autotp.functional import MARK, OWN_DIRECTORY, is_write, site_of
+from autotp.functional import MARK, MEMORY, OWN_DIRECTORY, memory, site_of
 
 
 class Inexact(Exception):
@@ -62,15 +61,15 @@ def expand(exported: ExportedProgram, cut: Cut) -> None:
     The graph has no regions (`inline_regions`).
 
     Raises:
-        Inexact: something that passes of the export have done, or a write into a block's results, is in the way.
+        Inexact: something that passes of the export have done is in the way.
     """
     graph = exported.graph
     bodies = _bodies(graph, cut)
-    _check_writes(graph, cut, bodies)
     state = {str(spec.target): spec.arg.name for spec in exported.graph_signature.input_specs if spec.target is not None}
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     owner = {placeholders[name]: target for target, name in state.items()}
     found: dict[fx.Node, fx.Node] = {}
+    places: dict[Any, Any] = {}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in cut.operators:
             number, path = cut.calls[node.args[1][0]]
@@ -82,9 +81,16 @@ def expand(exported: ExportedProgram, cut: Cut) -> None:
                     return item
                 if (name := f"{path}.{target.removeprefix(prefix)}") not in state:
                     raise Inexact
-                return placeholders[state[name]]
+                found_in: fx.Node = placeholders[state[name]]
+                return found_in
 
-            found |= _copied(graph, node, bodies[number], counterpart, cut.names[number], path)
+            results = _copied(graph, node, bodies[number], counterpart, cut.names[number], path)
+            places.update((memory(result)[0], memory(new)[0]) for result, new in results.items())
+            found |= results
+    for node in graph.nodes:
+        keys = memory(node)
+        if not places.keys().isdisjoint(keys):
+            node.meta[MEMORY] = [places.get(key, key) for key in keys]
     for result, new in found.items():  # not before all are copied: bodies are found by the nodes they are given
         result.replace_all_uses_with(new)
     for result in found:
@@ -123,24 +129,6 @@ def _key(node: fx.Node, name: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _check_writes(graph: fx.Graph, cut: Cut, bodies: Sequence[_Body]) -> None:
-    """Raise Inexact if something writes, once blocks have run, to memory that copies of their nodes would seem to share."""
-    touched: set[int] = set()
-    members = {node for body in bodies for node in body.nodes}
-    calls = set(cut.operators)
-    for node in graph.nodes:
-        if node.op == "call_function" and is_write(node) and (node in members or _memory(node, *node.all_input_nodes) & touched):
-            raise Inexact
-        if node in members or node.target in calls:
-            touched |= _memory(node, *node.all_input_nodes)
-
-
-def _memory(*nodes: fx.Node) -> set[int]:
-    values = [node.meta.get("val") for node in nodes]
-    tensors = [item for value in values for item in (value if isinstance(value, (tuple, list)) else (value,))]
-    return {_torch.storage_key(item) for item in tensors if isinstance(item, torch.Tensor)}
-
-
 def _copied(
     graph: fx.Graph, call: fx.Node, body: _Body, counterpart: Callable[[fx.Node], fx.Node], name: str, path: str
 ) -> dict[fx.Node, fx.Node]:
@@ -150,18 +138,26 @@ def _copied(
         raise Inexact
     inner: dict[fx.Node, fx.Node] = {node: operands[place] for place, node in body.given.items()}
     outside = call.meta.get("stack_trace") or ""
+    shared: dict[Any, Any] = {}  # memory that the block did not make → that of its counterpart
+    inside = set(body.nodes)
+    for node in body.nodes:
+        for item in node.all_input_nodes:
+            if item not in inside:
+                shared.update(zip(memory(item), memory(inner.get(item) or counterpart(item)), strict=True))
     with graph.inserting_before(call):
         for node in body.nodes:
             if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
                 continue  # sizes, which are the same in the copy, and what only checks
             new = graph.node_copy(node, lambda arg: inner.get(arg) or counterpart(arg))
             new.meta = {"val": node.meta["val"], "nn_module_stack": _renamed(node, name, path)}
-            if inside := node.meta.get("stack_trace"):
-                new.meta["stack_trace"] = outside[: split_at(outside)] + inside[split_at(inside) :]
+            new.meta[MEMORY] = [shared.get(key, (call.name, key)) for key in memory(node)]
+            if frames := node.meta.get("stack_trace"):
+                new.meta["stack_trace"] = outside[: split_at(outside)] + frames[split_at(frames) :]
             inner[node] = new
-    if any(body.made.get(user.args[1]) not in inner for user in call.users):  # type: ignore[arg-type, call-overload]
+    results = {user: body.made.get(user.args[1]) for user in call.users}  # type: ignore[arg-type, call-overload]
+    if any(made is None or made not in inner for made in results.values()):
         raise Inexact
-    return {user: inner[body.made[user.args[1]]] for user in call.users}  # type: ignore[index]
+    return {user: inner[made] for user, made in results.items() if made is not None}
 
 
 def _renamed(node: fx.Node, name: str, path: str) -> dict[str, Any]:

@@ -24,6 +24,9 @@ aten = torch.ops.aten
 MARK = "autotp_block"
 """Under this key, a node's `meta` says what it is to which traced block (`autotp.expand`)."""
 
+MEMORY = "autotp_memory"
+"""Under this key, where it is not that of the `meta`'s tensors, the memory of what a node gives (`memory`)."""
+
 STATISTICS = {aten.batch_norm.default: (3, 5), aten.instance_norm.default: (3, 5)}
 """Operators that update running statistics, which their schema hides: position of those and of the flag for it."""
 
@@ -98,6 +101,27 @@ def is_write(node: fx.Node) -> bool:
     return bool(running_statistics(node)) or _torch.is_mutable(node.target)
 
 
+def written(node: fx.Node) -> list[fx.Node]:
+    """What an operator that writes writes to."""
+    target: Any = node.target
+    if target in STATISTICS:
+        return list(running_statistics(node))
+    found = []
+    for position in _torch.mutated_positions(target):
+        item = node.args[position] if position < len(node.args) else node.kwargs.get(target._schema.arguments[position].name)
+        found += [part for part in (item if isinstance(item, (tuple, list)) else (item,)) if isinstance(part, fx.Node)]
+    return found
+
+
+def memory(node: fx.Node) -> list[Any]:
+    """What stands for the memory of each tensor that a node gives: equal where it is shared."""
+    if MEMORY in node.meta:
+        return list(node.meta[MEMORY])
+    value = node.meta.get("val")
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    return [_torch.storage_key(tensor) for tensor in several if isinstance(tensor, torch.Tensor)]
+
+
 def renamings(graph: fx.Graph, writes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]] | None:
     """In-place node → all nodes with the same memory, if every write is a plain renaming; otherwise None.
 
@@ -111,13 +135,13 @@ def renamings(graph: fx.Graph, writes: list[fx.Node]) -> dict[fx.Node, list[fx.N
     for node in writes:
         target: Any = node.target
         if target in STATISTICS:  # written out by clean-up, unless something else has the memory of what is updated
-            shared = [groups[_torch.storage_key(item.meta["val"])] for item in running_statistics(node)]
+            shared = [groups[memory(item)[0]] for item in running_statistics(node)]
             if any(item.op != "placeholder" for group in shared for item in group):
                 return None
             continue
         if not _torch.returns_its_input(target) or _torch.functional_variant(target) is None:
             return None
-        group = groups[_torch.storage_key(node.meta["val"])]
+        group = groups[memory(node)[0]]
         earlier = group[1 : group.index(node)]
         if not all(item in writing or _renames(item, group, place[node], place) for item in earlier) or not _keeps_dtype(node):
             return None
@@ -131,8 +155,8 @@ def copy_detached(graph: fx.Graph, writes: list[fx.Node]) -> None:
     PyTorch's functionalisation writes to the original and reads it back through the detach, which loses the gradient.
     """
     groups, place = _sharing(graph), _places(graph)
-    written = {_torch.storage_key(node.meta["val"]): node for node in reversed(writes) if isinstance(node.meta.get("val"), torch.Tensor)}
-    for key, write in written.items():
+    last = {memory(node)[0]: node for node in reversed(writes) if isinstance(node.meta.get("val"), torch.Tensor)}
+    for key, write in last.items():
         for node in groups[key]:
             if place[node] < place[write] and _renames(node, groups[key], place[write], place):
                 with graph.inserting_after(node):
@@ -145,10 +169,8 @@ def _sharing(graph: fx.Graph) -> dict[int, list[fx.Node]]:
     """Memory → the nodes whose tensors lie there, in execution order."""
     groups: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
-        value = node.meta.get("val")
-        for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                groups.setdefault(_torch.storage_key(tensor), []).append(node)
+        for key in memory(node):
+            groups.setdefault(key, []).append(node)
     return groups
 
 

@@ -30,7 +30,7 @@ from torch import fx, nn
 from autotp import _torch
 from autotp.autograd_functions import FunctionCalls
 from autotp.expand import Cut, mark_body, split_at
-from autotp.functional import is_write, site_of
+from autotp.functional import is_write, memory, site_of, written
 from autotp.trace_state import Reads, Unknown, attributes, described, held_tensors, tensor_type, watched_reads
 
 LEAST = 3
@@ -93,8 +93,7 @@ class Block:
         """Whether a call of a module that holds these attributes cannot be told from the one that was traced."""
         if self.signature != signature:
             return False
-        missing = object()
-        if any(held.get(key, missing) != self.attributes.get(key, missing) for key in held.keys() | self.attributes.keys() if key in self.read):
+        if any(held.get(key, ...) != self.attributes.get(key, ...) for key in self.read):
             return False
         return bool(_globals(self.roots) == self.globals)
 
@@ -233,6 +232,7 @@ class Repeats:
             raise Peculiar
         call.check_unchanged()
         steps = [node for node in call.new_nodes() if _is_step(node)]
+        call.check_writes(steps)
         leaves, spec = _torch.tree_flatten(result)
         inside, given = set(steps), {id(tensor): number for number, tensor in enumerate(call.tensors)}
         keys = {_torch.storage_key(tensor) for tensor in [*call.tensors, *call.state()]}
@@ -253,7 +253,7 @@ class Repeats:
         if not new or len({_torch.storage_key(leaf) for leaf in new}) < len(new):
             raise Peculiar
         nodes = [call.recording.node(leaf) for leaf in new]
-        return Body(call.candidate.name, call.operands, steps, call.owned(), new, nodes, results, spec)
+        return Body(call.candidate.name, call.operands, steps, call.nodes_held, new, nodes, results, spec)
 
     def _operator(self, body: Body) -> Any:
         """The operator that stands for copies of a block.
@@ -387,7 +387,7 @@ class _Call:
         """Trace it."""
         self.start = self.recording.last()
         self.random = _random_state()
-        self.tensors_held = held_tensors(self.candidate.module)
+        self.tensors_held, self.nodes_held = held_tensors(self.candidate.module), self.owned()
         args, kwargs = self.given
         return run(*args, **kwargs)
 
@@ -398,6 +398,14 @@ class _Call:
             nodes.append(node)
             node = node.next
         return nodes
+
+    def check_writes(self, steps: Sequence[fx.Node]) -> None:
+        """Raises Peculiar if a step writes to memory that is neither made by the call nor a buffer of the module."""
+        buffers = {_torch.storage_key(tensor) for tensor in self.state() if not isinstance(tensor, nn.Parameter)}
+        inside = set(steps)
+        outside = {key for node in steps for item in node.all_input_nodes if item not in inside for key in memory(item)} - buffers
+        if any(key in outside for node in steps if is_write(node) for item in written(node) for key in memory(item)):
+            raise Peculiar
 
     def check_unchanged(self) -> None:
         """Raises Peculiar if the call has changed what it was given, its module's attributes, or how PyTorch works."""
@@ -414,8 +422,8 @@ class _Call:
 
 def _random_state() -> Any:
     """The state of Python's and numpy's global generators."""
-    arrays = numpy.random.get_state()
-    return random.getstate(), arrays[1].tobytes(), arrays[2:]  # type: ignore[union-attr]
+    kind, words, *rest = numpy.random.get_state()
+    return random.getstate(), kind, words.tobytes(), rest  # type: ignore[attr-defined]
 
 
 def _globals(roots: Sequence[tuple[Any, str]]) -> Any:
@@ -437,7 +445,7 @@ def _is_step(node: fx.Node) -> bool:
         Peculiar: a copy of it would not do.
     """
     target: Any = node.target
-    if node.op != "call_function" or is_write(node):
+    if node.op != "call_function":
         raise Peculiar
     if is_number(node):
         tensors = any(not is_number(operand) for operand in node.all_input_nodes)
@@ -460,9 +468,9 @@ def same_body(one: Body, other: Body, functions: FunctionCalls) -> bool:
         return False
     if list(map(tensor_type, one.made)) != list(map(tensor_type, other.made)) or len(one.owned) != len(other.owned):
         return False
-    pairs = [*zip(one.operands, other.operands, strict=True), *zip(one.owned, other.owned, strict=True), *zip(one.steps, other.steps, strict=True)]
-    counterpart = {first: second for first, second in pairs if first is not None}
-    if [counterpart.get(node) for node in one.news] != list(other.news):
+    lists: list[tuple[Sequence[Any], Sequence[Any]]] = [(one.operands, other.operands), (one.owned, other.owned), (one.steps, other.steps)]
+    counterpart = {first: second for ours, theirs in lists for first, second in zip(ours, theirs, strict=True)}
+    if [counterpart.get(node) for node in one.news] != other.news:
         return False
     return all(
         _target(first, functions) == _target(second, functions)
@@ -477,7 +485,7 @@ def _target(node: fx.Node, functions: FunctionCalls) -> Any:
     return functions.calls.get(node.target, node.target)
 
 
-def _same_arguments(one: Any, other: Any, counterpart: Mapping[fx.Node | None, fx.Node | None]) -> bool:
+def _same_arguments(one: Any, other: Any, counterpart: Mapping[Any, fx.Node | None]) -> bool:
     if isinstance(one, fx.Node):
         if not isinstance(other, fx.Node):
             return False
@@ -491,8 +499,7 @@ def _same_arguments(one: Any, other: Any, counterpart: Mapping[fx.Node | None, f
     if isinstance(one, dict):
         return list(one) == list(other) and all(_same_arguments(one[key], other[key], counterpart) for key in one)
     if isinstance(one, slice):
-        parts = [(item.start, item.stop, item.step) for item in (one, other)]
-        return _same_arguments(*parts, counterpart)
+        return _same_arguments((one.start, one.stop, one.step), (other.start, other.stop, other.step), counterpart)
     return repr(one) == repr(other) if isinstance(one, float) else bool(one == other)
 
 

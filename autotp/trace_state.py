@@ -262,4 +262,5 @@ SYMPY = os.path.join(os.path.dirname(sympy.__file__), "")
 @functools.cache
 def _is_library(file: str) -> bool:
     """Whether code is of PyTorch, sympy, Python itself or this library: its global state is no model's."""
-    return file.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, SYMPY, "<frozen ")) or (file.startswith(STANDARD) and "site-packages" not in file)
+    standard = file.startswith((STANDARD, "<frozen ")) and "site-packages" not in file
+    return standard or file.startswith((TORCH_DIRECTORY, OWN_DIRECTORY, SYMPY))
