@@ -1,16 +1,24 @@
-"""`autotp verify`: a shrunken copy of the user's model, eager against traced, then split over simulated ranks."""
+"""`autotp verify`: a shrunken copy of the user's model, eager against traced, then split over simulated ranks.
+
+And the model at its full depth, without weights: traced with each distinct block once against traced whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import nn
 
+from autotp import _torch
+from autotp.autograd_functions import FunctionCall
 from autotp.eager_check import TOLERANCES, Check, check_eager, narrowest, state_of
 from autotp.equality import compare
 from autotp.errors import AutotpError
 from autotp.loading import LoadedModel
+from autotp.models import load_model
 from autotp.planning import Request, adopt, make_plan, prepare, traced_sizes
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
 from autotp.price.conversion import ConversionPrices
@@ -81,7 +89,7 @@ def verify(
 
     Outputs, buffer updates and the gradient of every parameter, under random gradients of the outputs, are compared:
     eager with traced (on two sets of values, and called again) at the traced sizes, at others where sizes are free, and in eval
-    mode; one device with the ranks of `axes` for the
+    mode; the trace of each distinct block with that of all layers of the full model; one device with the ranks of `axes` for the
     planner's plan, made for prices under which splitting pays even for a small model, and for `plans` random legal plans.
 
     Args:
@@ -104,6 +112,7 @@ def verify(
         raise AutotpError(f"`{loaded.name}` cannot be verified: {checks[0].where}; correct the model or its example inputs")
     checks.append(_other_sizes(spec, loaded.model, program, loaded.batch, loaded.seq, seed))
     checks.append(_in_eval_mode(loaded, seed))
+    checks.append(_at_full_depth(spec, loaded.batch, loaded.seq))
     request, cluster = Request(axes), cluster_where_splitting_pays(load_cluster(DEFAULT_CLUSTER))
     plan = make_plan(program, request, cluster, loaded.name)
     space, decisions = adopt(program, request, plan)
@@ -163,6 +172,45 @@ def _in_eval_mode(loaded: LoadedModel, seed: int) -> Check:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _at_full_depth(spec: str, batch: int | None, seq: int | None) -> Check:
+    """The program of the full model, as it is planned, against the one for which every layer was traced."""
+    name = "each block traced once and all of them"
+    try:
+        loaded = load_model(spec, batch=batch, seq=seq)
+        once, whole = (trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False, whole=whole) for whole in (False, True))
+    except AutotpError as error:
+        return Check(name, None, f"the full model: {error}")
+    where = first_difference(once, whole)
+    return Check(name, float("inf") if where else 0.0, where)
+
+
+def first_difference(one: Program, other: Program) -> str:
+    """Where two programs differ: the name of a node or field; "" if they are the same. Fake constants are compared by name alone."""
+    for first, second in zip(one.nodes, other.nodes, strict=False):
+        pairs = [(_comparable(getattr(first, item.name)), _comparable(getattr(second, item.name))) for item in fields(first)]
+        if any(mine != theirs for mine, theirs in pairs):
+            return f"node {second.name}" + (f" in `{second.path}`" if second.path else "")
+    for item in fields(Program):
+        mine, theirs = getattr(one, item.name), getattr(other, item.name)
+        if item.name == "constants":
+            same = mine.keys() == theirs.keys() and all(_same_values(mine[key], theirs[key]) for key in mine)
+        else:
+            same = len(mine) == len(theirs) if item.name == "nodes" else mine == theirs
+        if not same:
+            return item.name
+    return ""
+
+
+def _comparable(value: Any) -> Any:
+    """A custom Function by what it consists of: every trace makes its own object for it."""
+    return (value.function, value.held, value.differentiable, value.random) if isinstance(value, FunctionCall) else value
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    unreal = _torch.fake_mode_of([one, other]) is not None or "meta" in (one.device.type, other.device.type)
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and (unreal or torch.equal(one, other))
 
 
 def _other_sizes(spec: str, model: nn.Module, program: Program, batch: int | None, seq: int | None, seed: int) -> Check:

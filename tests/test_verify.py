@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from autotp import trace_once
 from autotp.equality import compare
 from autotp.errors import AutotpError
 from autotp.planning import Request, prepare, traced_sizes
@@ -73,6 +74,26 @@ class Broken(Deceiving):
 
 def broken(batch=2):
     return Broken(), (torch.randn(batch, 4),)
+
+class Scaled(nn.Module):
+    def __init__(self, index):
+        super().__init__()
+        self.up, self.index = nn.Linear(4, 4), index
+    def forward(self, x):
+        return self.up(x) * (self.index + 1)
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inlet, self.layers = nn.Linear(4, 4), nn.ModuleList(Scaled(index) for index in range(4))
+    def forward(self, x):
+        x = self.inlet(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+def deep(batch=2):
+    return Deep(), (torch.randn(batch, 4),)
 """
 
 
@@ -88,7 +109,8 @@ def test_equal(code: str, axes: dict[str, int]) -> None:
     report = verify(f"{code}:net", axes=axes, batch=3, seq=7, plans=3)
     assert report.passed
     assert [check.name for check in report.checks] == [
-        *("eager and traced", "eager and traced, 4 × 10", "eager and traced, eval mode", "the planner's plan"),
+        *("eager and traced", "eager and traced, 4 × 10", "eager and traced, eval mode"),
+        *("each block traced once and all of them", "the planner's plan"),
         *("random plan 0", "random plan 1", "random plan 2"),
     ]
     assert all(check.error is not None and check.error < 1e-12 for check in report.checks)
@@ -112,7 +134,18 @@ def test_a_trace_that_differs_is_found(code: str) -> None:
 
 def test_a_trace_that_differs_in_eval_mode_is_found(code: str) -> None:
     report = verify(f"{code}:in_eval", axes={"tp": 2}, plans=0)
-    assert [report.passes(check) for check in report.checks] == [True, True, False, True]
+    assert [report.passes(check) for check in report.checks] == [True, True, False, True, True]
+
+
+def test_a_block_wrongly_traced_once_is_found(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verify(f"{code}:deep", axes={"tp": 2}, plans=0).passed
+    monkeypatch.setattr(trace_once.Block, "fits", lambda *_: True)
+    monkeypatch.setattr(trace_once, "same_body", lambda *_: True)
+    report = verify(f"{code}:deep", axes={"tp": 2}, plans=0)
+    wrong = [check for check in report.checks if not report.passes(check)]
+    assert [(check.name, check.error, check.where) for check in wrong][-1] == (
+        *("each block traced once and all of them", float("inf"), "node mul_2 in `layers.2`"),
+    )
 
 
 def test_a_model_that_cannot_run_is_no_verified_model(code: str) -> None:
