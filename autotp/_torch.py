@@ -106,6 +106,14 @@ def functional_variant(target: torch._ops.OpOverload) -> torch._ops.OpOverload |
     return variant if [arg.name for arg in ours[1:]] == [arg.name for arg in theirs[1:]] else None
 
 
+def in_place_variant(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """`aten.add_.Tensor` for `aten.add.Tensor`: the inverse of `functional_variant`; None where there is no such operator."""
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), f"{name}_", None)
+    variant: torch._ops.OpOverload | None = getattr(packet, target._overloadname, None)
+    return variant if variant is not None and returns_its_input(variant) and functional_variant(variant) is target else None
+
+
 def overload_of_custom_op(op: Any) -> Any:
     """The overload that `torch.library.custom_op` defined; anything else as it is."""
     from torch._library.custom_ops import CustomOpDef

@@ -238,9 +238,9 @@ def _border(
 
 
 def _check_rest(context: _Context, node: Node, layout: Layout, declared: Layout | None) -> None:
-    """Parameters rest as I or S, buffers and constants as I, inputs are as declared."""
+    """Parameters and buffers that the forward changes rest as I or S, other buffers and constants as I, inputs are as declared."""
     expected = declared or context.whole
-    if node.kind == "parameter":
+    if node.kind == "parameter" or node.index in context.program.updated:
         for axis, kind in enumerate(layout.kinds):
             if kind not in "IS":
                 _fail(f"{_title(node)} rests as {kind} on {context.axis(axis)}, expected I or S")
@@ -389,8 +389,9 @@ def _wanted(
     for place, value in enumerate(program.outputs):
         if isinstance(value, Ref):
             want(value, outputs.get(place, context.whole), f"output {place} of the model")
-    for name, ref in program.updates:
-        want(ref, context.whole, f"the update of buffer `{name}`")
+    for buffer, ref in program.updated.items():
+        rests = layouts[context.space.folding.representative[buffer]].outputs[0]
+        want(ref, rests, f"the update of buffer `{program.nodes[buffer].target}`")
     return found
 
 

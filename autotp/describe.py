@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from autotp import kpi
-from autotp.formulate import Border, Formulation, border_tensors, home_of, state_bytes
+from autotp.formulate import Border, Formulation, home_of, outgoing_tensors, state_bytes
 from autotp.layouts import COLLECTIVES, Layout, Move
 from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, RecomputePlan, Solver, Time, code_of
 from autotp.price.again import Again, again
@@ -49,9 +49,11 @@ def conversions(space: Space, chosen: Mapping[int, Strategy], border: Border, pr
     """Every conversion of the whole, unfolded program, in program order: one per tensor and layout wanted."""
     program, stands_for = space.program, space.folding.representative
     outgoing: dict[Ref, list[Layout]] = {}
-    real = [value for value in program.outputs if isinstance(value, Ref)] + [ref for _, ref in program.updates]
-    for ref, (_, layout) in zip(real, border_tensors(space, border), strict=True):
+    real = [value for value in program.outputs if isinstance(value, Ref)]
+    for ref, (_, layout) in zip(real, outgoing_tensors(space, border), strict=True):
         outgoing.setdefault(ref, []).append(layout)
+    for buffer, ref in program.updated.items():
+        outgoing.setdefault(ref, []).append(chosen[stands_for[buffer]].outputs[0])
     found = []
     for ref in sorted({*program.users, *outgoing}, key=lambda ref: (ref.node, ref.output)):
         owner = stands_for[ref.node]

@@ -169,6 +169,7 @@ def _fold_state(program: Program, repeats: Sequence[Repeat], representative: lis
                 nodes = [program.nodes[ref.node] for ref in refs]
                 if len({node.index for node in nodes}) == repeat.count and all(
                     _foldable(node, nodes[0]) and len(home[node.index]) == 1 and node.index not in outputs
+                    and (node.index in program.updated) == (nodes[0].index in program.updated)
                     for node in nodes
                 ):
                     for node in nodes[1:]:

@@ -28,7 +28,7 @@ class Formulation:
 
     Attributes:
         problem: the numbers.
-        nodes: the representative node of each choice; outputs and buffer updates come after, as None.
+        nodes: the representative node of each choice; outputs come after, as None.
         tensors: the representative tensor of each link, and the tensors of the program that it stands for.
     """
 
@@ -38,7 +38,9 @@ class Formulation:
 
 
 Wanted = tuple[int, int]
-"""A consumer: (number of its choice, operand position)."""
+"""A consumer: (number of its choice, operand position); a buffer consumes its new value, at `UPDATE`, in the layout in which it rests."""
+
+UPDATE = -1
 
 
 def formulate(
@@ -64,7 +66,7 @@ def formulate(
         pinned = (allowed or {}).get(node, tuple(range(len(seconds))))
         choices.append(Choice(program.nodes[node].name, seconds, pinned))
     ends: dict[Ref, list[Wanted]] = {}
-    for ref, layout in border_tensors(space, border):
+    for ref, layout in outgoing_tensors(space, border):
         ends.setdefault(ref, []).append((len(choices), 0))
         choices.append(Choice(f"output {len(choices) - len(members)}", (0.0,), (0,)))
         nodes.append(None)
@@ -76,7 +78,7 @@ def formulate(
         producer = number[ref.node]
         made = tuple(table.number[strategy.outputs[ref.output]] for strategy in strategies[producer])
         wanted = [
-            (choice, tuple(table.number[strategy.operands[place]] for strategy in strategies[choice])) for choice, place in consumers
+            (choice, tuple(table.number[_consumed(strategy, place)] for strategy in strategies[choice])) for choice, place in consumers
         ]
         cost = {}
         for source in set(made):
@@ -92,15 +94,18 @@ def formulate(
     return Formulation(problem, tuple(nodes), tuple(tensors))
 
 
-def border_tensors(space: Space, border: Border) -> list[tuple[Ref, Layout]]:
-    """Every output and buffer update, as the representative tensor and the layout in which it leaves."""
+def _consumed(strategy: Strategy, place: int) -> Layout:
+    return strategy.outputs[0] if place == UPDATE else strategy.operands[place]
+
+
+def outgoing_tensors(space: Space, border: Border) -> list[tuple[Ref, Layout]]:
+    """Every output, as the representative tensor and the layout in which it leaves."""
     program, stands_for = space.program, space.folding.representative
     whole = uniform("I", len(space.mesh))
     found = []
     for position, value in enumerate(program.outputs):
         if isinstance(value, Ref):
             found.append((value, border.outputs.get(position, whole)))
-    found.extend((ref, whole) for _, ref in program.updates)
     return [(Ref(stands_for[ref.node], ref.output), layout) for ref, layout in found]
 
 
@@ -118,17 +123,18 @@ def _groups(
 ) -> list[tuple[Ref, tuple[Wanted, ...], tuple[Ref, ...]]]:
     """(representative tensor, its consumers, the tensors it stands for): copies with other consumers form a group of their own."""
     program, stands_for = space.program, space.folding.representative
-    outgoing = {value for value in program.outputs if isinstance(value, Ref)} | {ref for _, ref in program.updates}
+    outgoing = {value for value in program.outputs if isinstance(value, Ref)}
+    updating: dict[Ref, set[Wanted]] = {}
+    for buffer, ref in program.updated.items():
+        if stands_for[buffer] != stands_for[ref.node]:  # else its new value is a buffer of the same layout
+            updating.setdefault(ref, set()).add((number[stands_for[buffer]], UPDATE))
     found: dict[tuple[Ref, tuple[Wanted, ...]], list[Ref]] = {}
-    for ref, users in program.users.items():
+    for ref in dict.fromkeys((*program.users, *outgoing, *updating)):
         owner = Ref(stands_for[ref.node], ref.output)
-        consumers = {(number[stands_for[user]], position) for user, position in users}
+        consumers = {(number[stands_for[user]], position) for user, position in program.users.get(ref, ())} | updating.get(ref, set())
         if ref in outgoing:
             consumers |= set(ends[owner])
         found.setdefault((owner, tuple(sorted(consumers))), []).append(ref)
-    for ref in outgoing - program.users.keys():
-        owner = Ref(stands_for[ref.node], ref.output)
-        found.setdefault((owner, tuple(sorted(ends[owner]))), []).append(ref)
     order = sorted(found, key=lambda key: (key[0].node, key[0].output, key[1]))
     return [(owner, consumers, tuple(found[owner, consumers])) for owner, consumers in order]
 
@@ -227,15 +233,16 @@ def _memory(
 def _in_work(space: Space, prices: ConversionPrices, node: Node, strategy: Strategy) -> int:
     """Bytes alive while a node runs and not counted elsewhere: forward its operands and outputs, backward their gradients too.
 
-    In training, operands are mostly saved anyway and counted there; their gradients are not. Parameters count on their own.
+    In training, operands are mostly saved anyway and counted there; their gradients are not. Parameters and buffers count on their own.
     """
     program = space.program
     outputs = sum(prices.local_bytes(tensor, layout) for tensor, layout in zip(node.outputs, strategy.outputs, strict=True))
+    outputs = 0 if node.index in space.in_place else outputs
     backward = prices.train and node.outputs[0].requires_grad
     operands = 0
     for ref, layout in zip(node.inputs, strategy.operands, strict=True):
         tensor = program.type_of(ref)
-        if program.nodes[ref.node].kind != "parameter" and (tensor.requires_grad or not prices.train):
+        if program.nodes[ref.node].kind not in ("parameter", "buffer") and (tensor.requires_grad or not prices.train):
             operands += prices.local_bytes(tensor, layout)
     return 2 * outputs + operands if backward else outputs + (0 if prices.train else operands)
 

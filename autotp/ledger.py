@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from autotp.footprint import Call, Spec
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "transient")
+PARTS = ("parameters", "cache", "gradients", "optimizer", "activations", "transient")
 
 
 @dataclass(eq=False)

@@ -126,16 +126,18 @@ class _Walk:
         return contiguous(shape, tensor.dtype, tensor.requires_grad and self.optimizer is not None)
 
     def state(self) -> list[_Value]:
-        """Parameters, buffers and constants; a buffer that the forward changes is read as a copy."""
+        """Parameters, buffers and constants; a buffer that the forward changes is read as a copy, unless it is written in place."""
         found = []
+        copied = set(self.sharded.updates) - self.sharded.in_place
         for held in self.sharded.state:
             value = self.value(self.local(held.type, held.layout))
-            self.ledger.change(value.storage, rests="parameters")
+            cache = self.optimizer is None and held.name in self.sharded.updates
+            self.ledger.change(value.storage, rests="cache" if cache else "parameters")
             if value.spec.requires_grad and self.optimizer is not None:
                 self.leaves[value] = 0
                 state = Storage(self.optimizer.state_bytes(value.spec.shape, held.type.dtype.itemsize))
                 self.ledger.change(state, rests="optimizer")
-            found.append(self.value(value.spec) if held.name in self.sharded.updates else value)
+            found.append(self.value(value.spec) if held.name in copied else value)
         return found
 
     def inputs(self) -> list[_Value]:

@@ -143,6 +143,7 @@ class MemoryUse:
         optimizer: its state.
         activations: what autograd keeps for backward.
         transient: all else: inputs and outputs, which the caller holds, gathered tensors, gradients on their way, temporaries.
+        cache: in inference, buffers that the forward changes: a key/value cache.
     """
 
     parameters: float
@@ -150,11 +151,12 @@ class MemoryUse:
     optimizer: float
     activations: float
     transient: float
+    cache: float = 0.0
 
     @property
     def total(self) -> float:
         """All parts together."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+        return self.parameters + self.cache + self.gradients + self.optimizer + self.activations + self.transient
 
 
 @dataclass(frozen=True)

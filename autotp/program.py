@@ -168,6 +168,12 @@ class Program:
         return {node.name: node for node in self.nodes}
 
     @cached_property
+    def updated(self) -> dict[int, Ref]:
+        """Buffer that the forward changes (its node) → its new value."""
+        values = dict(self.updates)
+        return {node.index: values[node.target] for node in self.nodes if node.kind == "buffer" and node.target in values}
+
+    @cached_property
     def users(self) -> dict[Ref, tuple[tuple[int, int], ...]]:
         """Tensor → its consumers as (node index, operand position in that node's `inputs`)."""
         users: dict[Ref, list[tuple[int, int]]] = {}

@@ -192,6 +192,8 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     held = _grid("peak memory per device", "", "")
     memory = _memory(plan)
     for part, count in memory.items():
+        if part == "cache" and not count:
+            continue
         style = "bold" if part == "total" else ""
         held.add_row(part, size(count), f"{count / memory['total']:.0%}" if memory["total"] else "", style=style)
     if plan.recomputed:
@@ -270,5 +272,5 @@ def _marked(mark: str, sentence: str) -> Text:
 
 def _memory(plan: Plan) -> Mapping[str, float]:
     memory = plan.memory
-    names = ("parameters", "gradients", "optimizer", "activations", "transient", "total")
+    names = ("parameters", "cache", "gradients", "optimizer", "activations", "transient", "total")
     return {name: float(getattr(memory, name)) for name in names}

@@ -20,6 +20,7 @@ from torch import fx, nn
 from autotp import _torch
 from autotp.decisions import Decisions
 from autotp.errors import AutotpError
+from autotp.in_place import in_place_variant
 from autotp.layouts import COLLECTIVES, Layout, Move, SortedCut, Split, local_size, uniform
 from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
 from autotp.program import Node, Ref, map_refs
@@ -130,6 +131,18 @@ class _Rewriter:
         ref, layout = version
         return () if layout == self.made(ref) else self.decisions.paths[self.owner(ref), layout]
 
+    @cached_property
+    def in_place(self) -> dict[int, int]:
+        """Operators that write into a buffer, which each takes, makes and leaves in the layout in which it rests; and the buffers."""
+        possible, found = self.space.in_place, {}
+        for node, buffer in possible.items():
+            alike = self.folding.members[self.folding.representative[node]]
+            strategy, rests = self.decisions.chosen[self.folding.representative[node]], self.made(Ref(buffer))
+            new = self.program.updated[buffer]
+            if all(copy in possible for copy in alike) and strategy.operands[0] == strategy.outputs[0] == rests == self.made(new):
+                found[node] = buffer
+        return found
+
     def order_of(self, order: int, ref: Ref) -> Version:
         """The order of the rows of a tensor: that of the tensor's own copy of the block, if the order is made in each copy."""
         here = self.copy_of.get(ref.node)
@@ -183,7 +196,7 @@ class _Rewriter:
             else:
                 constants[position] = value
         results = [self._get(root, (self.program.outputs[spec.position], spec.layout)) for spec in outputs]
-        results += [self._get(root, (ref, self.whole)) for _, ref in self.program.updates]
+        results += [self._get(root, (ref, self.made(Ref(buffer)))) for buffer, ref in self.program.updated.items()]
         root.graph.output(tuple(results))
         leaves = [leaf for leaf in range(len(self.program.in_names)) if leaf not in self.program.in_constants]
         return Sharded(
@@ -194,7 +207,8 @@ class _Rewriter:
                 for leaf, node in zip(leaves, inputs, strict=True)
             ),
             outputs=tuple(outputs),
-            updates=tuple(name for name, _ in self.program.updates),
+            updates=tuple(str(self.program.nodes[buffer].target) for buffer in self.program.updated),
+            in_place=frozenset(str(self.program.nodes[buffer].target) for buffer in self.in_place.values()),
             mesh=self.mesh,
             coordinate=self.coordinate,
             in_spec=self.program.in_spec,
@@ -289,6 +303,8 @@ class _Rewriter:
             call = call_of(node, self.program.type_of)
             operands = tuple(strategy.operands[place] if place is not None else None for place in call.positions)
             target, args, kwargs = rule.local(Local(call, target, tuple(args), kwargs, operands, strategy.outputs))
+        if node.index in self.in_place:
+            target = in_place_variant(target) or target
         args, kwargs = self._numbers(scope, tuple(args), node), self._numbers(scope, kwargs, node)
         if rule.random if rule is not None else _torch.is_random(target):
             result = scope.call("random", RandomCall(target, self._shard(strategy.outputs[0])), args, kwargs)
@@ -408,7 +424,8 @@ class _Rewriter:
     def _given(self, number: int, scope: _Scope) -> tuple[Version, ...]:
         """What any copy's outside needs from the block: as made, or as converted inside anyway. Named after the first copy."""
         repeat = self.folding.repeats[number]
-        outgoing = {v for v in self.program.outputs if isinstance(v, Ref)} | {ref for _, ref in self.program.updates}
+        outgoing = {v for v in self.program.outputs if isinstance(v, Ref)}
+        updating = {ref: self.made(Ref(buffer)) for buffer, ref in self.program.updated.items()}
         found: dict[Version, None] = {}
         for copy in range(repeat.count):
             span = repeat.instance(copy)
@@ -423,6 +440,7 @@ class _Rewriter:
                         if user not in span
                     ]
                     layouts += [self.whole] if ref in outgoing or ref.node in orders else []
+                    layouts += [updating[ref]] if ref in updating else []
                     for layout in layouts:
                         converted = (first, layout)
                         found[converted if converted in scope.versions else (first, self.made(ref))] = None

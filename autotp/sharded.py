@@ -39,12 +39,13 @@ class Sharded:
     """The model as one rank of the mesh runs it.
 
     Attributes:
-        graph: an `fx.GraphModule`, a pure function. It takes the local tensors of `state` in order, then the local tensors of
+        graph: an `fx.GraphModule`, a pure function but for `in_place`. It takes the local tensors of `state` in order, then the local tensors of
             `inputs` in order; it returns a flat tuple: the local tensors of `outputs`, then the new value of each of `updates`.
             Its `call_module` targets are `Convert`/`Bucket` modules (the only places that communicate) and block `GraphModule`s,
             which are nested in the same way, or stand in a `Recomputing` module.
         state, inputs, outputs: what lies where.
         updates: names of the buffers that the forward changes (their layout is that of the buffer).
+        in_place: those of them into which the graph itself writes; what it returns as their new value is the tensor that it was given.
         mesh: size of each mesh axis; `coordinate`: this rank's place on it.
     """
 
@@ -60,3 +61,4 @@ class Sharded:
     in_names: tuple[str, ...]
     in_constants: dict[int, Any]
     out_constants: dict[int, Any]
+    in_place: frozenset[str] = frozenset()

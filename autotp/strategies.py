@@ -16,6 +16,7 @@ import torch
 
 from autotp.cuts import CutTable, candidate_cuts, from_factor
 from autotp.fold import Folding
+from autotp.in_place import writes_in_place
 from autotp.layouts import Cut, Layout, Split, all_layouts, simplify_cut, uniform
 from autotp.program import Node, Program, Ref, TensorType
 from autotp.rules import Rule, call_of, rule_of
@@ -61,6 +62,11 @@ class Space:
         """(representative, is output, index) → the representative tensors that stand there in its copies."""
         return _slots(self.program, self.folding)
 
+    @cached_property
+    def in_place(self) -> dict[int, int]:
+        """Operators that may write into a buffer, and that buffer (both by node)."""
+        return writes_in_place(self.program)
+
     def dim_cuts(self, ref: Ref) -> list[tuple[Cut, ...]]:
         """Candidate cuts of every dim of a (representative) tensor."""
         return [self.cuts.of(ref, dim) for dim in range(len(self.program.type_of(ref).shape))]
@@ -71,7 +77,8 @@ def build_space(
 ) -> Space:
     """Bind every representative node's rule, find candidate cuts, and list its strategies.
 
-    `declared` gives the layouts of inputs (by their tensor) and outputs that the user passes or receives split.
+    `declared` gives the layouts of inputs (by their tensor) and outputs that the user passes or receives split, and of parameters and
+    buffers that rest as another plan has them.
     """
     declared = declared or {}
     slots = _slots(program, folding)
@@ -99,7 +106,7 @@ def build_space(
         if node.kind == "op":
             places = {(output, i): refs for (owner, output, i), refs in _of_node(slots, node)}
             strategies[index] = _op_strategies(node, program, rules[index], cuts, places, len(mesh))
-        elif node.kind == "parameter":
+        elif (node.kind == "parameter" or index in program.updated) and Ref(index) not in declared:
             strategies[index] = _resting_strategies(node, cuts, len(mesh))
         else:
             layout = declared.get(Ref(index), uniform("I", len(mesh)))
@@ -135,7 +142,10 @@ def _replicated(node: Node, operands: int, axes: int) -> Strategy:
 
 
 def _resting_strategies(node: Node, cuts: CutTable, axes: int) -> tuple[Strategy, ...]:
-    """A parameter rests whole or split; tiny dims that some rank would get nothing of are allowed, and cost what they cost."""
+    """A parameter, or a buffer that the forward changes, rests whole or split.
+
+    Tiny dims that some rank would get nothing of are allowed, and cost what they cost.
+    """
     ref = Ref(node.index)
     dims = [cuts.of(ref, dim) for dim in range(len(node.outputs[0].shape))]
     found = []

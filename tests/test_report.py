@@ -111,7 +111,7 @@ def test_json_keys(plan: Plan) -> None:
     assert found["strategies"]["layers.3.down"] == "row"
     assert found["collectives"] == {"forward": {"all_reduce": 4}, "backward": {"all_reduce": 1}}
     assert list(found["time"]) == ["step_s", "compute_s", "communication_s", "recomputation_s"]
-    assert list(found["memory"]) == ["parameters", "gradients", "optimizer", "activations", "transient", "total"]
+    assert list(found["memory"]) == ["parameters", "cache", "gradients", "optimizer", "activations", "transient", "total"]
     assert found["memory"]["total"] == pytest.approx(8.6e9)
     assert list(found["solver"]) == ["status", "gap", "seconds"]
     assert list(found["kpi"]) == ["communication_to_computation", "shard_efficiency"]

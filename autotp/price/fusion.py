@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from autotp.in_place import writes_in_place
 from autotp.price.memory import saved
 from autotp.price.storage import Storage, is_pointwise, is_view, name_of, storage_of
 from autotp.program import Node, Program, Ref
@@ -64,7 +65,7 @@ class Access:
         adds: per operand, whether a consumer before this one gives it a gradient too, so that the two must be added.
         copies: per operand, whether it must be copied first, because of its strides.
         stretched: per operand, whether it has fewer elements than the first result.
-        writes: per output, whether it reaches memory.
+        writes: per output, whether it reaches memory; not for what is written into the first operand.
     """
 
     fused: bool
@@ -102,6 +103,8 @@ def accesses(program: Program, compiled: bool = False) -> tuple[Access, ...]:
             writes=(True,) * len(node.outputs),
         )
         found.append(access if chains is None or node.kind != "op" else chains.access(node, access))
+    for index in writes_in_place(program):
+        found[index] = replace(found[index], reads=(0.0, *found[index].reads[1:]), writes=(False,))
     return tuple(found)
 
 

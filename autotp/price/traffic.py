@@ -41,7 +41,7 @@ WRITES_PART = frozenset(
     "aten.scatter aten.scatter_add aten.scatter_reduce aten.index_put aten._unsafe_index_put aten.index_add aten.index_copy "
     "aten.index_reduce aten.index_fill aten.masked_scatter aten.slice_scatter aten.select_scatter aten.diagonal_scatter".split()
 )
-"""Operators that copy their first operand and then write a part of the copy."""
+"""Operators that copy their first operand and then write a part of the copy, unless they write in place (`autotp.in_place`)."""
 
 PIECES = frozenset("aten.slice aten.select aten.narrow aten.diagonal aten.unfold".split())
 """Views of a part: their gradient is written into zeros."""
@@ -104,7 +104,7 @@ def forward_traffic(node: Node, access: Access, operands: Sequence[int], outputs
     extra = _mask_bytes(node, outputs)
     if name in WRITES_PART:
         extra += read[-1]
-    return Traffic(sum(read) + written + extra, access.kernel * (2.0 if name in WRITES_PART else 1.0))
+    return Traffic(sum(read) + written + extra, access.kernel * (2.0 if name in WRITES_PART and any(access.writes) else 1.0))
 
 
 def backward_traffic(

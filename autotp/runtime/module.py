@@ -83,7 +83,7 @@ class ParallelModule(Container):
             raise AutotpError(f"a value is given for '{unknown[0]}', which is no state of the graph; leave it out")
         self._held = tuple(held[spec.name] for spec in sharded.state)
         self._updated = tuple(held[name].leaf for name in sharded.updates)
-        for name in sharded.updates:
+        for name in set(sharded.updates) - sharded.in_place:
             held[name].changes = True
         self._arguments = Arguments(sharded, self._device, signature)
         self._outputs: list[Any] = [sharded.out_constants.get(i) for i in range(sharded.out_spec.num_leaves)]
@@ -118,7 +118,8 @@ class ParallelModule(Container):
         if self._updated:
             with torch.no_grad():
                 for buffer, value in zip(self._updated, results[len(self._places) :], strict=True):
-                    buffer.copy_(value)
+                    if value is not buffer:  # as it is where the graph writes in place
+                        buffer.copy_(value)
         return tree_unflatten(leaves, self._sharded.out_spec)
 
     def full_state_dict(self) -> dict[str, Tensor]:

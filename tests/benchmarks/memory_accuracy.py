@@ -58,7 +58,7 @@ from autotp.trace import trace
 from tests.benchmarks.memory_models import MODELS, Step
 from tests.ranks import run_ranks
 
-PARTS = ("parameters", "gradients", "optimizer", "activations", "transient")
+PARTS = ("parameters", "cache", "gradients", "optimizer", "activations", "transient")
 ROUTED = ("mixtral",)
 """Models whose sizes depend on what other ranks hold: several ranks are always real."""
 
