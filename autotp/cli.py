@@ -107,8 +107,16 @@ def plan(
         str | None, typer.Option(metavar="DTYPE", help="bf16, fp16, fp32 or fp64 (default the model's).")
     ] = None,
     mode: Annotated[
-        str, typer.Option(metavar="train|inference", help="With backward and update, or forward alone.")
-    ] = "train",
+        str | None,
+        typer.Option(metavar="train|inference", help="With backward and update, or forward alone (default train)."),
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(metavar="prefill|decode", help="A step of generation with a key/value cache: the prompt, or one token."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of each sequence that the key/value cache holds (default as --seq).")
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Peak memory allowed per device, e.g. 80GB (default none; with --gpus 95 % of the device's)."),
@@ -132,9 +140,11 @@ def plan(
     ] = None,
 ) -> None:
     """Decide how to split MODEL over a mesh of devices, and say what that costs. Needs no GPU and no weights."""
-    from autotp.loading import check_options, config_path, dtype_name, is_callable_spec
+    from autotp.loading import check_options, check_phase, config_path, dtype_name, is_callable_spec
     from autotp.price.cluster import load_cluster
 
+    check_phase(phase, mode=mode, seq=seq, context=context)
+    mode = mode or ("train" if phase is None else "inference")
     check_options(batch=batch, seq=seq, mode=mode)
     if dtype is not None:
         dtype_name(dtype)
@@ -173,7 +183,11 @@ def plan(
         of_each = gpus is not None and batch is None and takes_batch(model)
         batch = gpus if of_each else batch
         step(f"building {model}")
-        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, mode=mode, fake=True)
+        loaded = load_model(model, batch=batch, seq=context or seq, dtype=dtype, mode=mode, fake=True)
+        if phase is not None:
+            from autotp.key_value_cache import in_phase
+
+            loaded = in_phase(loaded, "prefill" if phase == "prefill" else "decode", seq=seq)
         step(f"tracing {loaded.name}")
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
         traced = Traced(program, loaded.batch or batch_size(program), loaded.seq)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autotp.errors import AutotpError
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # options are checked before torch is loaded, which takes sec
     import torch
     from torch import nn
 
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+"""The steps of generation."""
 MODES = ("train", "inference")
 DTYPES = {
     "bfloat16": ("bf16",),
@@ -57,6 +60,23 @@ def check_options(*, batch: int | None, seq: int | None, mode: str) -> None:
     for key, value in {"batch": batch, "seq": seq}.items():
         if value is not None and value < 1:
             raise AutotpError(f"{key} is {value}, but must be at least 1.")
+
+
+def check_phase(phase: str | None, *, mode: str | None, seq: int | None, context: int | None) -> None:
+    """Raise AutotpError for options of a phase that contradict each other; without a phase only `context` is out of place."""
+    if phase is None:
+        if context is not None:
+            raise AutotpError("--context is the length of a key/value cache; give --phase prefill or --phase decode with it")
+    elif phase not in PHASES:
+        raise AutotpError(f"unknown phase {phase!r}; choose {' or '.join(PHASES)}")
+    elif mode == "train":
+        raise AutotpError(f"--phase {phase} is a step of generation, which has no training; leave --mode out, or give --mode inference")
+    elif context is not None and context < 1:
+        raise AutotpError(f"context is {context}, but must be at least 1")
+    elif phase == "decode" and seq is not None:
+        raise AutotpError("--phase decode reads one token of each sequence; leave --seq out: --context is what the cache holds")
+    elif seq is not None and context is not None and seq > context:
+        raise AutotpError(f"a prompt of {seq} tokens does not fit into a key/value cache of {context}; raise --context")
 
 
 def dtype_name(name: str) -> str:

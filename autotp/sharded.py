@@ -39,8 +39,8 @@ class Sharded:
     """The model as one rank of the mesh runs it.
 
     Attributes:
-        graph: an `fx.GraphModule`, a pure function but for `in_place`. It takes the local tensors of `state` in order, then the local tensors of
-            `inputs` in order; it returns a flat tuple: the local tensors of `outputs`, then the new value of each of `updates`.
+        graph: an `fx.GraphModule`, a pure function but for `in_place`. It takes the local tensors of `state` in order, then the local
+            tensors of `inputs` in order; it returns a flat tuple: the local tensors of `outputs`, then the new value of each of `updates`.
             Its `call_module` targets are `Convert`/`Bucket` modules (the only places that communicate) and block `GraphModule`s,
             which are nested in the same way, or stand in a `Recomputing` module.
         state, inputs, outputs: what lies where.

@@ -49,11 +49,14 @@ def causal_masks(model: nn.Module, notes: list[str]) -> Iterator[None]:
 
 @contextmanager
 def no_cache(model: nn.Module, notes: list[str]) -> Iterator[None]:
-    """Switch `use_cache` off in the model's configurations: keys and values of past tokens are no output to plan."""
+    """Switch `use_cache` off in the model's configurations: keys and values of past tokens are no output to plan.
+
+    A model that holds its cache itself (`autotp.key_value_cache`) does not ask the configuration, so that there is nothing to say.
+    """
     found = [config for config in configurations(model) if getattr(config, "use_cache", None) is True]
     with changed([(config, "use_cache", False) for config in found]):
         yield
-    if found:
+    if found and not hasattr(model, "key_value_cache"):
         notes.append("The model was traced with use_cache=False; its outputs hold no key/value cache.")
 
 

@@ -96,6 +96,27 @@ def test_table(autotp: Any, model: str) -> None:
     assert "\n\n\n" not in out
 
 
+def test_phases_of_generation(autotp: Any, model: str) -> None:
+    """Prefill and decode are priced apart; both count the cache: keys and values of 3 layers with 8 heads of 128, in bfloat16."""
+    found = {}
+    for phase in ("prefill", "decode"):
+        code, out, _ = autotp(
+            "plan", model, "--phase", phase, "--context", 256, "--batch", 1, "--mesh", 4, "--format", "json", "--dtype", "bf16"
+        )
+        assert code == 0
+        found[phase] = json.loads(out)
+    assert found["decode"]["mode"] == found["prefill"]["mode"] == "inference"
+    assert (found["prefill"]["sequence"], found["decode"]["sequence"]) == (256, 1)
+    whole = 2 * 3 * 8 * 128 * 256 * 2
+    assert found["decode"]["memory"]["cache"] in (whole, whole / 4)
+    assert found["decode"]["time"]["step_s"] < found["prefill"]["time"]["step_s"]
+    code, out, _ = autotp("plan", model, "--phase", "prefill", "--seq", 64, "--context", 256, "--batch", 2, "--mesh", 2)
+    assert "batch 2 × sequence 64" in out
+    assert "Prefill reads 64 tokens of each of 2 sequences; the key/value cache holds 256 of each, 0.00629 GB if it is kept once." in out
+    assert "cache" in out
+    assert "has no training" in refused(autotp("plan", model, "--phase", "decode", "--mode", "train"))
+
+
 def test_json_to_a_file(autotp: Any, model: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     options = ["--mesh", "dp=2,tp=2", "--batch", 4, "--seq", 64, "--mode", "inference", "--cluster", "dgx-a100"]
