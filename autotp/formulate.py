@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from autotp.in_place import writes_in_place
 from autotp.layouts import Layout, local_shape, uniform
 from autotp.price.conversion import ConversionPrices
 from autotp.price.memory import saved
@@ -185,7 +186,7 @@ def _memory(
     tensors: list[tuple[Ref, tuple[Ref, ...]]],
 ) -> Memory:
     """Bytes of state, of what is saved for backward, and of what is in work."""
-    program, members = space.program, space.folding.members
+    program, members, in_place = space.program, space.folding.members, writes_in_place(space.program)
     held = [[0.0] * len(options) for options in strategies]
     working = [[0.0] * len(options) for options in strategies]
     for place, node_index in enumerate(nodes):
@@ -194,7 +195,7 @@ def _memory(
         node = program.nodes[node_index]
         for choice, strategy in enumerate(strategies[place]):
             if node.kind == "op":
-                working[place][choice] = float(_in_work(space, prices, node, strategy))
+                working[place][choice] = float(_in_work(space, prices, node, strategy, node_index in in_place))
             elif node.kind != "input":
                 held[place][choice] = float(
                     sum(state_bytes(prices, node, strategy.outputs[0]).values()) * len(members[node_index])
@@ -230,14 +231,14 @@ def _memory(
     return Memory(tuple(map(tuple, held)), converted, tuple(keeps), tuple(map(tuple, working)))
 
 
-def _in_work(space: Space, prices: ConversionPrices, node: Node, strategy: Strategy) -> int:
+def _in_work(space: Space, prices: ConversionPrices, node: Node, strategy: Strategy, in_place: bool) -> int:
     """Bytes alive while a node runs and not counted elsewhere: forward its operands and outputs, backward their gradients too.
 
     In training, operands are mostly saved anyway and counted there; their gradients are not. Parameters and buffers count on their own.
     """
     program = space.program
     outputs = sum(prices.local_bytes(tensor, layout) for tensor, layout in zip(node.outputs, strategy.outputs, strict=True))
-    outputs = 0 if node.index in space.in_place else outputs
+    outputs = 0 if in_place else outputs
     backward = prices.train and node.outputs[0].requires_grad
     operands = 0
     for ref, layout in zip(node.inputs, strategy.operands, strict=True):

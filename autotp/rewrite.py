@@ -20,7 +20,7 @@ from torch import fx, nn
 from autotp import _torch
 from autotp.decisions import Decisions
 from autotp.errors import AutotpError
-from autotp.in_place import in_place_variant
+from autotp.in_place import in_place_variant, writes_in_place
 from autotp.layouts import COLLECTIVES, Layout, Move, SortedCut, Split, local_size, uniform
 from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
 from autotp.program import Node, Ref, map_refs
@@ -134,7 +134,7 @@ class _Rewriter:
     @cached_property
     def in_place(self) -> dict[int, int]:
         """Operators that write into a buffer, which each takes, makes and leaves in the layout in which it rests; and the buffers."""
-        possible, found = self.space.in_place, {}
+        possible, found = writes_in_place(self.program), {}
         for node, buffer in possible.items():
             alike = self.folding.members[self.folding.representative[node]]
             strategy, rests = self.decisions.chosen[self.folding.representative[node]], self.made(Ref(buffer))

@@ -16,7 +16,6 @@ import torch
 
 from autotp.cuts import CutTable, candidate_cuts, from_factor
 from autotp.fold import Folding
-from autotp.in_place import writes_in_place
 from autotp.layouts import Cut, Layout, Split, all_layouts, simplify_cut, uniform
 from autotp.program import Node, Program, Ref, TensorType
 from autotp.rules import Rule, call_of, rule_of
@@ -61,11 +60,6 @@ class Space:
     def tensors(self) -> dict[tuple[int, bool, int], tuple[Ref, ...]]:
         """(representative, is output, index) → the representative tensors that stand there in its copies."""
         return _slots(self.program, self.folding)
-
-    @cached_property
-    def in_place(self) -> dict[int, int]:
-        """Operators that may write into a buffer, and that buffer (both by node)."""
-        return writes_in_place(self.program)
 
     def dim_cuts(self, ref: Ref) -> list[tuple[Cut, ...]]:
         """Candidate cuts of every dim of a (representative) tensor."""
