@@ -2,6 +2,7 @@
 
     plan(model, args, mesh=8)           decide how to split it, and what that costs
     parallelize(model, args)            the model, sharded, as a trainable `nn.Module`
+    parallelize_generation(model)       a decoder, sharded with its key/value cache, that generates text
     recommend(model, args, gpus=8)      which mesh to use, or how many devices to rent
 """
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from autotp.advice import recommend
     from autotp.api import parallelize, plan
     from autotp.errors import AutotpError
+    from autotp.generation import GenerationPlans, Generator, parallelize_generation, plan_generation
     from autotp.plans import Plan
     from autotp.price.cluster import Cluster, load_cluster
     from autotp.prove import Proof, prove_rule
@@ -25,6 +27,8 @@ _HOMES = {
     "Call": "autotp.rules",
     "Candidate": "autotp.recommendation",
     "Cluster": "autotp.price.cluster",
+    "GenerationPlans": "autotp.generation",
+    "Generator": "autotp.generation",
     "Local": "autotp.rules.language",
     "LocalSize": "autotp.rules.language",
     "LocalStart": "autotp.rules.language",
@@ -36,7 +40,9 @@ _HOMES = {
     "bind": "autotp.rules",
     "load_cluster": "autotp.price.cluster",
     "parallelize": "autotp.api",
+    "parallelize_generation": "autotp.generation",
     "plan": "autotp.api",
+    "plan_generation": "autotp.generation",
     "prove_rule": "autotp.prove",
     "recommend": "autotp.advice",
     "rule": "autotp.rules",
@@ -48,6 +54,8 @@ __all__ = [
     "Call",
     "Candidate",
     "Cluster",
+    "GenerationPlans",
+    "Generator",
     "Local",
     "LocalSize",
     "LocalStart",
@@ -59,7 +67,9 @@ __all__ = [
     "bind",
     "load_cluster",
     "parallelize",
+    "parallelize_generation",
     "plan",
+    "plan_generation",
     "prove_rule",
     "recommend",
     "rule",

@@ -76,7 +76,7 @@ def plan(
     Raises:
         AutotpError: the model cannot be traced, or a request cannot be met; the message says what to do.
     """
-    priced = _cluster(cluster, torch.device("cuda"))
+    priced = cluster_of(cluster, "cuda")
     if (mesh is None) == (gpus is None):
         raise AutotpError("give either mesh, such as mesh={'dp': 2, 'tp': 4}, or gpus, such as gpus=8")
     if gpus is not None:
@@ -148,7 +148,7 @@ def parallelize(
     gradient = request.mode == "train"
     share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check)) if is_first() else None)
     name = type(model).__name__
-    made = attempt(lambda: make_plan(program, request, _cluster(cluster, device), name)) if is_first() and given is None else None
+    made = attempt(lambda: make_plan(program, request, cluster_of(cluster, device.type), name)) if is_first() and given is None else None
     decided = given or cast(Plan, share(made))
     space, decisions = together(lambda: adopt(program, request, decided))
     agree(decided.hash, "the plan")
@@ -177,7 +177,8 @@ def _check_plan(plan: Plan | str | Path | None, *, alone: bool) -> None:
         raise AutotpError("a plan is given together with cluster, memory or pins, which only a new plan can follow: leave one out")
 
 
-def _cluster(cluster: str | Path | Cluster | None, device: torch.device) -> Cluster:
+def cluster_of(cluster: str | Path | Cluster | None, device: str) -> Cluster:
+    """The cluster that the user named; by default `cpu` for CPUs, `dgx-h100` for other devices."""
     if isinstance(cluster, Cluster):
         return cluster
-    return load_cluster(cluster or ("cpu" if device.type == "cpu" else DEFAULT_CLUSTER))
+    return load_cluster(cluster or ("cpu" if device == "cpu" else DEFAULT_CLUSTER))

@@ -12,7 +12,7 @@ from autotp.check import check
 from autotp.decisions import Decisions, read_plan
 from autotp.describe import describe, fingerprint
 from autotp.errors import AutotpError
-from autotp.fold import fold
+from autotp.fold import fold, unfolded
 from autotp.formulate import Border, Formulation, border_tensors, formulate
 from autotp.layouts import Layout
 from autotp.memory_limit import Walked, smallest_peak, solve_within, walk
@@ -43,6 +43,8 @@ class Request:
     """Mesh axes that split the batch and nothing else, inputs and outputs included; the others then never split it. None: free."""
     compiled: bool = False
     """Price operators as `torch.compile` fuses them; else each is a kernel of its own, as in eager PyTorch."""
+    rest: Mapping[str, Layout] | None = None
+    """Parameter or buffer → the layout in which it rests, as another plan of the same model has it; the others are free."""
     optimizer: str = "adamw"
     """The optimizer whose state and update are counted in training: a name of `price.memory.OPTIMIZERS`."""
 
@@ -68,7 +70,13 @@ def prepare(program: Program, request: Request) -> tuple[Space, Border]:
     inputs, outputs = border_layouts(program, request.axes, request.inputs, request.outputs)
     declared: dict[Ref, Layout] = {Ref(node): layout for node, layout in inputs.items()}
     declared |= {program.outputs[position]: layout for position, layout in outputs.items()}
-    space = build_space(program, fold(program), request.mesh, declared)
+    rest = request.rest or {}
+    held = [node for node in program.nodes if node.kind == "parameter" or node.index in program.updated]
+    resting = {node.index: rest[node.target] for node in held if node.target in rest}
+    folding = fold(program)
+    if any(len({resting.get(node) for node in members}) > 1 for members in folding.members.values()):
+        folding = unfolded(program)  # layers that rest in different layouts are not the same
+    space = build_space(program, folding, request.mesh, declared | {Ref(node): layout for node, layout in resting.items()})
     return space, Border(inputs, outputs)
 
 

@@ -118,7 +118,7 @@ def test_check_of_buffers_at_rest() -> None:
     request = Request({"tp": 2}, "inference")
     plan, space = planned(program, {"tp": 2}), prepare(program, request)[0]
     place, entry = next((place, entry) for place, entry in enumerate(plan.nodes) if entry.op == "buffer" and "keys" in entry.path)
-    for code, words in (("P", "rests as P on mesh axis `tp`, expected I or S"), ("I", r"keys_0` is made as \(I\), but operand 0 .* expects \(S")):
+    for code, words in (("P", "rests as P on mesh axis `tp`, expected I or S"), ("I", "keys_0` is made as")):
         nodes = (*plan.nodes[:place], replace(entry, outputs=(code,)), *plan.nodes[place + 1 :])
         with pytest.raises(AutotpError, match=words):
             check(program, space, replace(plan, nodes=nodes))

@@ -43,6 +43,8 @@ class ParallelModule(Container):
         device: where the local tensors live.
         signature: of the original `forward`, without `self`; lets arguments be passed by position or by keyword.
         trained_mode: `training` of the traced model; None if its graph is the same in both modes.
+        beside: a module on the same mesh, of another graph of the same model, whose parameters and buffers this one uses too: the
+            same memory, in the same layouts. Of `values`, only the constants are then read.
 
     Raises:
         AutotpError: the mesh, a value or an alias does not fit `sharded`.
@@ -59,6 +61,7 @@ class ParallelModule(Container):
         *,
         signature: inspect.Signature | None = None,
         trained_mode: bool | None = None,
+        beside: ParallelModule | None = None,
     ) -> None:
         super().__init__()
         _check_mesh(sharded, device_mesh)
@@ -68,8 +71,10 @@ class ParallelModule(Container):
         self._signature, self._trained_mode = signature, trained_mode
 
         order = {name: place for place, name in enumerate(values)}  # parameters() counts as the original model does
+        slots: tuple[_Slot, ...] = () if beside is None else beside._held
+        present = {slot.spec.name: slot for slot in slots if slot.spec.kind != "constant"}
         held = {
-            spec.name: self._hold(spec, _local_value(spec, values, sharded, self._device))
+            spec.name: self._hold(spec, self._local(spec, values, present))
             for spec in sorted(sharded.state, key=lambda spec: order.get(spec.name, len(order)))
         }
         for name, first in aliases.items():
@@ -81,7 +86,7 @@ class ParallelModule(Container):
         unknown = sorted(set(values) - set(held) - set(aliases))
         if unknown:
             raise AutotpError(f"a value is given for '{unknown[0]}', which is no state of the graph; leave it out")
-        self._held = tuple(held[spec.name] for spec in sharded.state)
+        self._held: tuple[_Slot, ...] = tuple(held[spec.name] for spec in sharded.state)
         self._updated = tuple(held[name].leaf for name in sharded.updates)
         for name in set(sharded.updates) - sharded.in_place:
             held[name].changes = True
@@ -157,6 +162,12 @@ class ParallelModule(Container):
             theirs.requires_grad_(mine.requires_grad)
         memo[id(self)] = copied.train(self.training)
         return copied
+
+    def _local(self, spec: StateSpec, values: Mapping[str, Tensor], present: Mapping[str, _Slot]) -> Tensor:
+        """This rank's part of one state tensor: that of the module beside, or cut out of its value."""
+        if spec.name in present:
+            return _shared(spec, present[spec.name])
+        return _local_value(spec, values, self._sharded, self._device)
 
     def _hold(self, spec: StateSpec, local: Tensor) -> _Slot:
         """Register the local tensor as what users see, and the leaf that the graph reads."""
@@ -249,6 +260,16 @@ def _check_mesh(sharded: Sharded, device_mesh: DeviceMesh) -> None:
             f"the graph is that of the rank at {sharded.coordinate}, this rank is at {coordinate}; "
             f"rewrite it for this one"
         )
+
+
+def _shared(spec: StateSpec, slot: _Slot) -> Tensor:
+    """The local tensor of another module's slot, if it lies as it must lie here."""
+    if (slot.spec.type, slot.spec.layout) != (spec.type, spec.layout):
+        raise AutotpError(
+            f"{spec.kind} '{spec.name}' rests as ({spec.layout}) here and as ({slot.spec.layout}) in the module that has its memory; "
+            "plan the one with the layouts of the other"
+        )
+    return slot.leaf.detach()
 
 
 def _local_value(spec: StateSpec, values: Mapping[str, Tensor], sharded: Sharded, device: torch.device) -> Tensor:
