@@ -56,6 +56,12 @@ def test_own_operator() -> None:
     assert "outputs and gradients equal those of one device" in printed
 
 
+def test_generate() -> None:
+    printed = torchrun("05_generate.py")
+    assert "keys of the first layer: (3, 2, 64, 8) on each rank" in printed
+    assert "the greedy tokens equal those of one device" in printed
+
+
 def test_every_example_is_tested() -> None:
     tested = Path(__file__).read_text()
     for script in EXAMPLES.glob("[0-9]*.py"):
