@@ -13,6 +13,7 @@ import autotp
 from autotp.errors import AutotpError
 from autotp.generation import plan_generation
 from autotp.sampling import Sampling, next_tokens
+from tests.benchmarks.memory_accuracy import measure_step
 from tests.models import example, splitting_pays
 from tests.ranks import run_ranks
 
@@ -60,6 +61,7 @@ def generates_like_one_device(names: tuple[str, ...], mesh: Any) -> None:
         assert not torch.equal(drawn[:, : PROMPT + 9], text.generate(prompts(), max_new_tokens=9, seed=12, **DRAWN))
         assert_equal_on_all_ranks(text.generate(prompts(), max_new_tokens=8, **DRAWN))
         assert_one_memory(text)
+        assert_predicted_memory(text)
 
 
 def assert_equal_on_all_ranks(tokens: torch.Tensor) -> None:
@@ -107,6 +109,15 @@ def ends_and_refuses() -> None:
     assert torch.equal(after, wanted(model, prompts(), new=5, do_sample=False)) and not torch.equal(after, before)
     with pytest.raises(AutotpError, match="LlamaForCausalLM is in train mode"):
         autotp.parallelize_generation(model.train(), batch=BATCH, context=20)
+
+
+def assert_predicted_memory(text: autotp.Generator) -> None:
+    """The peak of a decode step is that of the plan, in which the cache is there once and nothing copies it."""
+    found = measure_step(text.decode, (), {"input_ids": prompts(1), "position": torch.tensor([9])}, None)
+    predicted = text.plans.decode.memory
+    if dist.get_rank() == 0:
+        assert predicted.total == pytest.approx(found.total, rel=0.01)
+        assert predicted.transient < predicted.cache
 
 
 def everything() -> None:
