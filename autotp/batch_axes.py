@@ -110,7 +110,7 @@ def layouts_in_use(space: Space, leaving: Iterable[tuple[Ref, Layout]]) -> Place
     """For every kind of tensor, what some strategy makes or wants on each mesh axis.
 
     Args:
-        leaving: outputs and updates, as representative tensors, and the layouts in which they leave.
+        leaving: outputs, as representative tensors, and the layouts in which they leave.
     """
     found: dict[tuple[TensorType, tuple[tuple[Cut, ...], ...]], list[set[Place]]] = {}
 
@@ -128,6 +128,10 @@ def layouts_in_use(space: Space, leaving: Iterable[tuple[Ref, Layout]]) -> Place
                     note(ref, layout)
     for ref, layout in leaving:
         note(ref, layout)
+    stands_for = space.folding.representative
+    for buffer, ref in space.program.updated.items():  # a new value goes where the buffer rests
+        for strategy in space.strategies[stands_for[buffer]]:
+            note(Ref(stands_for[ref.node], ref.output), strategy.outputs[0])
     return {kind: tuple(map(frozenset, places)) for kind, places in found.items()}
 
 

@@ -13,7 +13,7 @@ from autotp.decisions import Decisions, read_plan
 from autotp.describe import describe, fingerprint
 from autotp.errors import AutotpError
 from autotp.fold import fold, unfolded
-from autotp.formulate import Border, Formulation, border_tensors, formulate
+from autotp.formulate import Border, Formulation, formulate, outgoing_tensors
 from autotp.layouts import Layout
 from autotp.memory_limit import Walked, smallest_peak, solve_within, walk
 from autotp.mesh import border_layouts, output_names
@@ -117,7 +117,7 @@ def pose(program: Program, request: Request, cluster: Cluster) -> Posed:
     if request.data is not None:
         data = [place for place, name in enumerate(request.axes) if name in request.data]
         space, allowed = narrowed(space, keep_to_batch(space, data, allowed))
-        prices.places = layouts_in_use(space, border_tensors(space, border))
+        prices.places = layouts_in_use(space, outgoing_tensors(space, border))
     return Posed(program, space, border, prices, formulate(space, prices, border, allowed, request.memory))
 
 
