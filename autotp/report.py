@@ -186,7 +186,7 @@ def _summary(plan: Plan, width: int) -> list[RenderableType]:
     timed.add_row("communication", duration(plan.time.communication_s), f"{plan.time.communication_s / step:.0%}")
     if plan.recomputed:
         spent = sum(entry.seconds for entry in plan.recomputed)
-        timed.add_row("of it, recomputed", duration(spent), f"{spent / step:.0%}")
+        timed.add_row("of these, recomputed", duration(spent), f"{spent / step:.0%}")
     for name, shown in key_figures(plan):
         timed.add_row(name, shown, "")
     held = _grid("peak memory per device", "", "")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, Solver, Time
+from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, RecomputePlan, Solver, Time
 from autotp.report import render, to_json
 from autotp.report_rows import Row, duration, fold_rows, ranges, rows, size
 
@@ -100,6 +100,24 @@ def test_colors_change_nothing_else(plan: Plan) -> None:
 def test_not_optimal_is_said(plan: Plan) -> None:
     text = render(replace(plan, solver=Solver("HiGHS", "feasible", 0.03, 300.0)))
     assert "solver: feasible, at most 3 % above the optimum (HiGHS, 300.00 s)" in text
+
+
+@pytest.mark.parametrize("width", [100, 140])
+def test_what_is_recomputed_is_shown(plan: Plan, width: int) -> None:
+    assert "recomputed" not in render(plan, width)
+    found = replace(
+        plan,
+        recomputed=(
+            RecomputePlan("act", 0, "S2", "S(2)", 3, 2e-4, 3 * 2**20),
+            RecomputePlan("p_layers.0.up.weight", 0, "R", "R", 2, 1e-4, 2**21),
+        ),
+    )
+    lines = [line.split() for line in render(found, width).splitlines() if "recomputed" in line or " of 4" in line]
+    assert [*"layers.*.act gelu 3 of 4 3 MiB 200 µs".split()] in lines
+    assert [*"layers.*.up weight → (R) 2 of 4 2 MiB 100 µs".split()] in lines
+    assert any("300" in line and "6%" in line for line in lines) and any(line[-2:] == ["5", "MiB"] for line in lines)
+    assert to_json(found)["time"]["recomputation_s"] == pytest.approx(3e-4)
+    assert [entry["copies"] for entry in to_json(found)["recomputed"]] == [3, 2]
 
 
 def test_json_keys(plan: Plan) -> None:
