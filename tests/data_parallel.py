@@ -18,7 +18,9 @@ from autotp.price.conversion import ConversionPrices
 from autotp.program import Program, Ref
 from autotp.ranks import mode_of_graph, state_values
 from autotp.rewrite import rewrite
+from autotp.runtime.function import plain_function
 from autotp.runtime.module import ParallelModule
+from autotp.runtime.prefetch import Prefetch
 from autotp.runtime.random import seed_module
 from autotp.strategies import Space, Strategy
 
@@ -89,3 +91,19 @@ def parallel_module(model: nn.Module, space: Space, decisions: Decisions, device
         sharded, device_mesh, values, program.aliases, program.persistent, device_mesh.device_type,
         signature=inspect.signature(model.forward), trained_mode=mode_of_graph(model, program),
     )  # fmt: skip
+
+
+def without_prefetch(module: ParallelModule) -> None:
+    """Let every conversion run at its place: nothing begins early."""
+    graph = module._sharded.graph
+    for name, child in graph.named_children():
+        if isinstance(child, Prefetch):
+            setattr(graph, name, Nothing())
+    module._run = plain_function(graph)
+
+
+class Nothing(nn.Module):
+    """Begins nothing."""
+
+    def forward(self, *args: Any) -> None:
+        """None."""

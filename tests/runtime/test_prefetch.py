@@ -22,12 +22,10 @@ from autotp.equality import compare, emitted
 from autotp.errors import AutotpError
 from autotp.runtime.collectives import bind
 from autotp.runtime.comm import ProcessComm
-from autotp.runtime.function import plain_function
-from autotp.runtime.prefetch import Prefetch
 from autotp.simulate import Simulation
 from autotp.strategies import Space
 from autotp.trace import trace
-from tests.data_parallel import data_parallel, parallel_module
+from tests.data_parallel import data_parallel, parallel_module, without_prefetch
 from tests.models import TOLERANCE, splitting_pays
 from tests.ranks import run_ranks
 from tests.test_api import full_gradient
@@ -230,17 +228,9 @@ def in_flight() -> None:
     assert most_under_way(backward) <= 2 * (GATHERED + 1)
     for node in list(module._sharded.graph.graph.nodes):
         assert node.op != "call_module" or "prefetch" not in node.name or node.users
-    plain(module)
+    without_prefetch(module)
     forward, backward = record(module, x)
     assert not any(products_meanwhile(forward, "all_gather")) and not any(products_meanwhile(backward, "reduce_scatter"))
-
-
-def plain(module: Any) -> None:
-    """Let every conversion run at its place: nothing begins early."""
-    for child in module._sharded.graph.children():
-        if isinstance(child, Prefetch):
-            child.forward = lambda *args: None  # type: ignore[method-assign]
-    module._run = plain_function(module._sharded.graph)
 
 
 # ---- gradients reach parameters as ever -----------------------------------------------------------------------------
