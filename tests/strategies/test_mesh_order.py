@@ -33,6 +33,7 @@ def test_on_equal_links_the_order_does_not_matter() -> None:
     assert step_seconds(("tp", "dp"), True) == pytest.approx(step_seconds(("dp", "tp"), True), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_recommend_puts_the_chatty_axis_inside() -> None:
     """Of all meshes of 16 devices in four nodes the best is data parallelism across nodes and tensor parallelism inside, in this order."""
     with torch.device("meta"):
