@@ -17,7 +17,7 @@ from functools import cache, reduce
 import numpy
 from numpy.typing import NDArray
 
-from autotp.problem import Link, Problem
+from autotp.problem import Link, Problem, Saved
 
 Vector = NDArray[numpy.float64]
 Index = NDArray[numpy.int64]
@@ -39,17 +39,60 @@ class _Star:
     """Conversions of one tensor for up to `SHARERS` consumers.
 
     Attributes:
-        seconds, bytes: price of every pair (layout made, layout wanted).
+        seconds: price of every pair (layout made, layout wanted).
+        bytes, again: what a saver holds of every pair, and the seconds of making that again; None if none of the consumers saves.
+        saves: for each end, whether it is a saver. A producer that is one pays for itself.
         ends: the choices that it joins, the producer first.
         at: for each end, the place of each strategy's layout in the rows (producer) or columns (consumers).
         offered: for each end, the places that occur.
     """
 
     seconds: Vector
-    bytes: Vector
+    bytes: Vector | None
+    again: Vector | None
+    saves: tuple[bool, ...]
     ends: tuple[int, ...]
     at: tuple[Index, ...]
     offered: tuple[Index, ...]
+
+    def prices(self, per_byte: float) -> Pair:
+        """The price of every pair for those who do not save it, and for those who do."""
+        if self.bytes is None or self.again is None or not per_byte:
+            return self.seconds, self.seconds
+        saved = self.seconds + numpy.minimum(per_byte * self.bytes, self.again)
+        return (saved, saved) if all(self.saves[1:]) else (self.seconds, saved)
+
+
+Pair = tuple[Vector, Vector]
+
+
+def _stars(problem: Problem, allowed: Sequence[Index]) -> tuple[list[_Star], list[list[int]]]:
+    """The stars of all links, and for each link the numbers of its stars."""
+    stars: list[_Star] = []
+    of_link: list[list[int]] = []
+    saved = {one.link: one for one in problem.memory.saved}
+    for number, link in enumerate(problem.links):
+        starts = range(0, len(link.consumers), SHARERS)
+        of_link.append(list(range(len(stars), len(stars) + len(starts))))
+        for start in starts:
+            stars.append(_star(allowed, link, saved.get(number), range(start, min(start + SHARERS, len(link.consumers))), len(starts)))
+    return stars, of_link
+
+
+def _star(allowed: Sequence[Index], link: Link, saved: Saved | None, chunk: Sequence[int], parts: int) -> _Star:
+    ends = ((link.producer, link.made), *(link.consumers[place] for place in chunk))
+    layouts = [numpy.array(of, dtype=numpy.int64)[allowed[choice]] for choice, of in ends]
+    rows, columns = numpy.unique(layouts[0]), numpy.unique(numpy.concatenate(layouts[1:]))
+    pairs = numpy.ix_(rows, columns)
+    seconds = numpy.minimum(link.seconds[pairs] / parts, IMPOSSIBLE)
+    saves = (False, *(saved is not None and place + 1 in saved.savers for place in chunk))
+    size = again = None
+    if saved is not None and any(saves):
+        size, again = saved.bytes[pairs] / parts, saved.again[pairs] / parts
+        if 0 in saved.savers:
+            size = numpy.where(rows[:, None] == columns[None, :], 0.0, size)
+    at = tuple(numpy.searchsorted(rows if end == 0 else columns, one) for end, one in enumerate(layouts))
+    return _Star(seconds, size, again, saves, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,45 +101,6 @@ class _Merged:
 
     seconds: float
     members: tuple[tuple[int, Mask], ...]
-
-
-def _stars(problem: Problem, allowed: Sequence[Index]) -> tuple[list[_Star], list[list[int]]]:
-    """The stars of all links, and for each link the numbers of its stars."""
-    stars: list[_Star] = []
-    of_link: list[list[int]] = []
-    for number, link in enumerate(problem.links):
-        chunks = [link.consumers[start : start + SHARERS] for start in range(0, len(link.consumers), SHARERS)]
-        of_link.append(list(range(len(stars), len(stars) + len(chunks))))
-        for chunk in chunks:
-            stars.append(_star(problem, allowed, number, link, chunk, len(chunks)))
-    return stars, of_link
-
-
-def _star(
-    problem: Problem,
-    allowed: Sequence[Index],
-    number: int,
-    link: Link,
-    consumers: Sequence[tuple[int, tuple[int, ...]]],
-    parts: int,
-) -> _Star:
-    ends = ((link.producer, link.made), *consumers)
-    layouts = [[of[s] for s in allowed[choice]] for choice, of in ends]
-    rows = {layout: place for place, layout in enumerate(dict.fromkeys(layouts[0]))}
-    columns = {layout: place for place, layout in enumerate(dict.fromkeys(layout for one in layouts[1:] for layout in one))}
-    seconds, size = numpy.full((len(rows), len(columns)), IMPOSSIBLE), numpy.zeros((len(rows), len(columns)))
-    for made, row in rows.items():
-        for wanted, column in columns.items():
-            if made == wanted:
-                seconds[row, column] = 0.0
-            elif (made, wanted) in link.seconds:
-                seconds[row, column] = link.seconds[made, wanted] / parts
-                size[row, column] = problem.memory.converted.get((number, made, wanted), 0.0) / parts
-    at = tuple(
-        numpy.array([places[layout] for layout in one], dtype=numpy.int64)
-        for places, one in zip([rows, *[columns] * len(consumers)], layouts, strict=True)
-    )
-    return _Star(seconds, size, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at))
 
 
 def _merged(problem: Problem, stars: Sequence[_Star], of_link: Sequence[Sequence[int]], allowed: Sequence[Index]) -> list[_Merged]:
@@ -133,23 +137,27 @@ def _groups(items: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, .
     return tuple((subset, tuple(item for item in items if item not in subset)) for subset in ordered if subset)
 
 
-def _least(price: Vector, parts: Sequence[Vector], end: int) -> Vector:
+def _least(price: Pair, saves: Sequence[bool], parts: Sequence[Vector], end: int) -> Vector:
     """The least that a star costs for every layout of one end, whatever the others are; `parts[end]` is left out.
 
     Consumers that want the same layout share its conversion: the others are parted into groups that share one.
     """
+    if len(parts) == 2:
+        alone: Vector = (price[1] + parts[1]).min(1) if end == 0 else (price[1] + parts[0][:, None]).min(0)
+        return alone
     others = tuple(number for number in range(1, len(parts)) if number != end)
-    together = {group: (price + _sum(parts, group)).min(1) for group, _ in _groups(others)}
-    best: dict[tuple[int, ...], Vector] = {(): numpy.zeros(len(price))}
+    together = {group: (price[any(saves[number] for number in group)] + _sum(parts, group)).min(1) for group, _ in _groups(others)}
+    best: dict[tuple[int, ...], Vector] = {(): numpy.zeros(len(parts[0]))}
     for group, _ in _groups(others):
         best[group] = reduce(
             numpy.minimum, (together[first] + best[rest] for first, rest in _groups(group) if first[0] == group[0])
         )
     if end == 0:
         return best[others]
-    found: Vector = (price + (parts[0] + best[others])[:, None]).min(0)
+    found: Vector = (price[saves[end]] + (parts[0] + best[others])[:, None]).min(0)
     for group, rest in _groups(others):  # these share this end's conversion
-        found = numpy.minimum(found, (price + (parts[0] + best[rest])[:, None]).min(0) + _sum(parts, group))
+        paid = price[saves[end] or any(saves[number] for number in group)]
+        found = numpy.minimum(found, (paid + (parts[0] + best[rest])[:, None]).min(0) + _sum(parts, group))
     return found
 
 
@@ -182,6 +190,7 @@ class Ascent:
 
     def __init__(self, problem: Problem, allowed: Sequence[Index]) -> None:
         self.problem, self.allowed = problem, allowed
+        self.places = [{int(strategy): place for place, strategy in enumerate(some)} for some in allowed]
         self.stars, of_link = _stars(problem, allowed)
         self.buckets = _merged(problem, self.stars, of_link, allowed)
         self.ends_of: list[list[tuple[int, int]]] = [[] for _ in allowed]
@@ -194,9 +203,12 @@ class Ascent:
         ]
         memory = problem.memory
         self.bytes = [numpy.array([held[s] for s in some]) for held, some in zip(memory.held, allowed, strict=True)]
-        for keep in memory.keeps:  # held once, whoever keeps it: each keeper has its part
-            for number, kept in keep.wanted:
-                self.bytes[number] = self.bytes[number] + numpy.isin(allowed[number], kept) * (keep.bytes / len(keep.wanted))
+        self.own_saved: dict[int, list[tuple[Vector, Vector]]] = {}
+        for saved in memory.saved:
+            if 0 in saved.savers:
+                link = problem.links[saved.link]
+                made = numpy.array(link.made, dtype=numpy.int64)[allowed[link.producer]]
+                self.own_saved.setdefault(link.producer, []).append((saved.bytes[made, made], saved.again[made, made]))
         working = zip(memory.working, allowed, strict=True)
         self.least_working = max((min(row[s] for s in some) for row, some in working), default=0.0)
         self.per_byte = 0.0
@@ -212,11 +224,12 @@ class Ascent:
 
     def set_prices(self) -> None:
         """Seconds of choices and conversions, with what their bytes cost."""
-        self.price = [star.seconds + self.per_byte * star.bytes if star.bytes.any() else star.seconds for star in self.stars]
-        self.own = [
-            seconds + self.per_byte * size + IMPOSSIBLE * self.barred[choice] if choice in self.barred else seconds + self.per_byte * size
-            for choice, (seconds, size) in enumerate(zip(self.seconds, self.bytes, strict=True))
-        ]
+        self.price: list[Pair] = [star.prices(self.per_byte) for star in self.stars]
+        self.own = [seconds + self.per_byte * size for seconds, size in zip(self.seconds, self.bytes, strict=True)]
+        for choice, saved in self.own_saved.items():
+            self.own[choice] += sum(numpy.minimum(self.per_byte * size, again) for size, again in saved)
+        for choice, barred in self.barred.items():
+            self.own[choice] = self.own[choice] + IMPOSSIBLE * barred
         limit = self.problem.limit
         self.constant = self.per_byte * (self.least_working - limit) if limit is not None else 0.0
 
@@ -238,14 +251,15 @@ class Ascent:
             moved.append(ends)
         return State(moved, [[0.0] * len(bucket.members) for bucket in self.buckets], [None] * len(self.buckets))
 
-    def prices(self, state: State) -> list[Vector]:
+    def prices(self, state: State) -> list[Pair]:
         """The price of every star's pairs, with what buckets have moved there."""
         prices = list(self.price)
         for bucket, paid, due in zip(self.buckets, state.paid, state.due, strict=True):
             for (number, mask), amount in zip(bucket.members, paid, strict=True):
                 extra = 0.0 if due else IMPOSSIBLE if due is False else amount
                 if extra:
-                    prices[number] = prices[number] + extra * mask
+                    added = prices[number][1] + extra * mask  # such a star has one consumer
+                    prices[number] = added, added
         return prices
 
     def total(self, state: State, choice: int) -> Vector:
@@ -255,12 +269,12 @@ class Ascent:
             found += state.moved[number][end][self.stars[number].at[end]]
         return found
 
-    def collect(self, state: State, prices: Sequence[Vector], choice: int) -> None:
+    def collect(self, state: State, prices: Sequence[Pair], choice: int) -> None:
         """Move to a choice the least that its stars cost with each of its strategies."""
         for number, end in self.ends_of[choice]:
             moved = state.moved[number]
             offered = self.stars[number].offered[end]
-            gained = _least(prices[number], [-one for one in moved], end) - moved[end]
+            gained = _least(prices[number], self.stars[number].saves, [-one for one in moved], end) - moved[end]
             moved[end][offered] += gained[offered]
 
     def hand_on(self, state: State, choice: int, links: Sequence[tuple[int, int]], share: int) -> None:
@@ -289,15 +303,15 @@ class Ascent:
             star, moved = self.stars[number], state.moved[number]
             for end, choice in enumerate(star.ends):
                 self.hand_on(state, choice, [(number, end)], 1)
-            table = self.price[number] + paid[place] * mask - moved[0][:, None] - moved[1][None, :]
+            table = self.price[number][1] + paid[place] * mask - moved[0][:, None] - moved[1][None, :]
             otherwise = table[~mask].min() if not mask.all() else IMPOSSIBLE
             gain = float(otherwise - table[mask].min())
             paid[place] += min(gain, bucket.seconds - sum(paid)) if gain > 0 else -min(paid[place], -gain)
 
-    def least_of(self, state: State, prices: Sequence[Vector], number: int) -> float:
+    def least_of(self, state: State, prices: Sequence[Pair], number: int) -> float:
         """The least that is left on a star."""
         parts = [-one for one in state.moved[number]]
-        return float((parts[0] + _least(prices[number], parts, 0)).min())
+        return float((parts[0] + _least(prices[number], self.stars[number].saves, parts, 0)).min())
 
     def bound(self, state: State) -> float:
         """No plan costs less."""
@@ -332,6 +346,6 @@ class Ascent:
                         place = star.at[other][fixed[owner]]
                         parts[other] = numpy.full(len(parts[other]), IMPOSSIBLE)
                         parts[other][place] = 0.0
-                cost += _least(prices[number], parts, end)[star.at[end]]
+                cost += _least(prices[number], star.saves, parts, end)[star.at[end]]
             fixed[choice] = int(cost.argmin())
         return [fixed[choice] for choice in range(len(self.own))]

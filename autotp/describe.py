@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import prod
 
 from autotp import kpi
-from autotp.formulate import Border, Formulation, home_of, outgoing_tensors, state_bytes
+from autotp.formulate import Border, Formulation, outgoing_tensors
+from autotp.formulate_memory import home_of, state_bytes
 from autotp.layouts import COLLECTIVES, Layout, Move
 from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, RecomputePlan, Solver, Time, code_of
 from autotp.price.again import Again, again

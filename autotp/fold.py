@@ -50,6 +50,16 @@ class Folding:
             found.setdefault(representative, []).append(node)
         return {representative: tuple(nodes) for representative, nodes in sorted(found.items())}
 
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Node of a repeated block → (number of the repeat, copy)."""
+        return {
+            node: (number, copy)
+            for number, repeat in enumerate(self.repeats)
+            for copy in range(repeat.count)
+            for node in repeat.instance(copy)
+        }
+
 
 def unfolded(program: Program) -> Folding:
     """The folding in which every node stands for itself."""

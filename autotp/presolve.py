@@ -14,17 +14,28 @@ from itertools import count
 
 import numpy
 
-from autotp.bounds import TIE, Ascent, Index, Mask, State
-from autotp.problem import Problem, bytes_of, seconds_of
+from autotp.bounds import TIE, Ascent, Index, Mask, State, Vector
+from autotp.problem import Matrix, Problem, bytes_of, fits, seconds_of, versions_of
 
-SWEEPS = 6
+SWEEPS = 4
 """Sweeps there and back over the choices between two looks at the bound."""
-FIRST_PRICES, PRICES = 12, 4
-"""How many prices per byte are tried at first, and after each decision."""
-BRANCHES = 24
-"""Decisions tried at most."""
+DEAREST = 1e-3
+"""Seconds per byte at which nothing counts but bytes."""
+PRICES = 10
+"""How many prices per byte are tried at most between two decisions."""
 PROGRESS = 0.02
-"""The part of the distance between bound and plan that a look must gain for the ascent to go on."""
+"""The part of the distance between bound and plan that a look, or another price, must gain for it to go on."""
+
+
+def most(problem: Problem) -> float:
+    """Seconds that no plan exceeds: a higher bound means that there is none."""
+
+    def largest(table: Matrix) -> float:
+        return float(table.max(initial=0.0, where=numpy.isfinite(table)))
+
+    conversions = sum(largest(link.seconds) * len(link.consumers) for link in problem.links)
+    again = sum(largest(one.again) * len(one.savers) for one in problem.memory.saved)
+    return sum(max(choice.seconds) for choice in problem.choices) + conversions + again + sum(bucket.seconds for bucket in problem.buckets)
 
 
 @dataclass(frozen=True)
@@ -42,9 +53,20 @@ class Presolved:
     bound: float
 
 
-def presolve(problem: Problem, gap: float, time_limit: float) -> Presolved:
-    """Bound, plan and reduce a problem; stops when the plan is within `gap` of the bound, or after `time_limit` seconds."""
-    search = _Search(problem, gap, time.monotonic() + time_limit)
+def smallest(problem: Problem) -> tuple[int, ...]:
+    """A choice with a small peak, near the smallest where no solver can say it: found at a price at which nothing counts but bytes."""
+    search = _Search(replace(problem, limit=0.0), 0.0, numpy.inf, 0)
+    ascent = Ascent(search.problem, search.allowed).at(DEAREST, {})
+    search.climb(ascent, ascent.start())
+    return min(search.lines, key=lambda chosen: bytes_of(search.problem, chosen))
+
+
+def presolve(problem: Problem, gap: float, time_limit: float, branches: int = 24) -> Presolved:
+    """Bound, plan and reduce a problem.
+
+    Stops when the plan is within `gap` of the bound, or after `time_limit` seconds or so many `branches` tried.
+    """
+    search = _Search(problem, gap, time.monotonic() + time_limit, branches)
     search.run()
     reduced = replace(
         problem,
@@ -57,18 +79,53 @@ def presolve(problem: Problem, gap: float, time_limit: float) -> Presolved:
     return Presolved(reduced, search.chosen, search.bound - ties)
 
 
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """What a plan costs at a price per byte: its time, what is made again because that is cheaper, and all bytes beyond the limit."""
+
+    chosen: tuple[int, ...]
+    seconds: float
+    beyond: float
+    sizes: Vector
+    again: Vector
+
+    def at(self, per_byte: float) -> float:
+        """Seconds at a price per byte."""
+        return self.seconds + per_byte * self.beyond + float(numpy.minimum(per_byte * self.sizes, self.again).sum())
+
+    def slope(self, per_byte: float) -> float:
+        """Bytes beyond the limit that are paid for at a price."""
+        return self.beyond + float(self.sizes[per_byte * self.sizes < self.again].sum())
+
+
+@dataclass
+class _Node:
+    """A part of the search: some strategies barred, some buckets decided; its bound, and the prices and moved amounts that prove it."""
+
+    bound: float
+    ascent: Ascent
+    state: State
+
+    def has(self, chosen: tuple[int, ...]) -> bool:
+        """Whether a plan belongs to this part."""
+        places = self.ascent.places
+        return not any(barred[places[choice][chosen[choice]]] for choice, barred in self.ascent.barred.items())
+
+
 @dataclass
 class _Search:
-    """Prices per byte first, then branching on buckets, with the best plan and the bound so far."""
+    """Prices per byte and branching, with the best plan and the bound so far."""
 
     problem: Problem
     gap: float
     deadline: float
+    branches: int
     allowed: list[Index] = field(init=False)
     kept: list[Index] = field(init=False)
     chosen: tuple[int, ...] | None = None
     seconds: float = numpy.inf
     bound: float = 0.0
+    lines: dict[tuple[int, ...], _Line] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.allowed = [numpy.array(choice.allowed, dtype=numpy.int64) for choice in self.problem.choices]
@@ -77,12 +134,17 @@ class _Search:
     def run(self) -> None:
         """Find bound and plan, and leave out what cannot win."""
         ascent = Ascent(self.problem, self.allowed)
-        state = ascent.start()
-        self.bound = self.climb(ascent, state)
-        if self.problem.limit is not None and not self.closed(self.bound):
-            self.bound, ascent, state = self.tune(self.bound, ascent, state, self.first_price(), FIRST_PRICES)
-        self.branch(ascent, state)
-        self.drop(ascent, state)
+        root = _Node(0.0, ascent, ascent.start())
+        root.bound = self.climb(root.ascent, root.state)
+        if self.problem.limit is not None and self.chosen is None:  # can it be kept?
+            dear = ascent.at(DEAREST, {})
+            least = self.climb(dear, dear.start())
+            if least > most(self.problem):
+                self.bound = least
+                return
+        self.tune(root)
+        self.branch(root)
+        self.drop(root)
 
     def closed(self, bound: float) -> bool:
         """Whether plans above this bound need no more search."""
@@ -102,90 +164,118 @@ class _Search:
             self.offer(ascent, state)
             if self.closed(found) or self.over():
                 return found
-            if found - before <= max(PROGRESS * (self.seconds - found) if self.chosen else 0.0, 1e-6 * abs(found)):
+            if found - before <= self.worth(found):
                 return found
 
-    def offer(self, ascent: Ascent, state: State) -> float:
-        """Make plans from a state and keep the best; bytes of the last one."""
-        order, size = range(len(self.allowed)), 0.0
+    def worth(self, bound: float) -> float:
+        """Seconds that a bound must still gain for the ascent to go on."""
+        return max(PROGRESS * (self.seconds - bound) if self.chosen else 0.0, 1e-6 * abs(bound))
+
+    def offer(self, ascent: Ascent, state: State) -> None:
+        """Make plans from a state and keep the best."""
+        order = range(len(self.allowed))
         for one in (order, order[::-1]):
             chosen = tuple(int(some[place]) for some, place in zip(self.allowed, ascent.plan(state, one), strict=True))
-            found, size = seconds_of(self.problem, chosen), bytes_of(self.problem, chosen)
-            if found < self.seconds and (self.problem.limit is None or size <= self.problem.limit):
+            if chosen in self.lines:
+                continue
+            self.lines[chosen] = self.line(chosen)
+            found = seconds_of(self.problem, chosen)
+            if found < self.seconds and fits(self.problem, chosen):
                 self.chosen, self.seconds = chosen, found
-        return size
+
+    def line(self, chosen: tuple[int, ...]) -> _Line:
+        """What a plan costs at any price per byte."""
+        free = replace(self.problem, limit=None)
+        versions = list(versions_of(free, chosen)) if self.problem.limit is not None else []
+        sizes, again = numpy.array([v.bytes for v in versions]), numpy.array([v.again for v in versions])
+        beyond = bytes_of(free, chosen) - float(sizes.sum()) - (self.problem.limit or 0.0)
+        return _Line(chosen, seconds_of(free, chosen), beyond, sizes, again)
+
+    def tune(self, node: _Node) -> None:
+        """Raise a node's bound by the price per byte: the next one to try is where the plans known cost most (Kelley 1960)."""
+        if self.problem.limit is None:
+            return
+        for _ in range(PRICES):
+            if self.closed(node.bound) or self.over():
+                return
+            price, top = self.dearest(node)
+            if top - node.bound <= self.worth(node.bound):
+                return
+            ascent, state = node.ascent.at(price, node.ascent.barred), node.state.copy()
+            found = self.climb(ascent, state)
+            if found > node.bound:
+                node.bound, node.ascent, node.state = found, ascent, state
+            elif abs(price - node.ascent.per_byte) < 1e-3 * price:
+                return
+
+    def dearest(self, node: _Node) -> tuple[float, float]:
+        """The price per byte at which the cheapest of the plans known costs most, and that cost."""
+        lines = [line for line in self.lines.values() if node.has(line.chosen)]
+        if not lines:
+            return node.ascent.per_byte, node.bound
+
+        def cheapest(price: float) -> tuple[float, _Line]:
+            return min(((line.at(price), line) for line in lines), key=lambda pair: pair[0])
+
+        low, high = 0.0, node.ascent.per_byte or self.first_price()
+        while cheapest(high)[1].slope(high) > 0:
+            if high >= 8 * node.ascent.per_byte + self.first_price():  # so far no plan is small enough
+                return high, numpy.inf
+            low, high = high, 4 * high
+        for _ in range(40):
+            price = (low + high) / 2
+            low, high = (price, high) if cheapest(price)[1].slope(price) > 0 else (low, price)
+        return high, cheapest(high)[0]
 
     def first_price(self) -> float:
         """Seconds per byte to begin with: all that can be gained for all the bytes there are."""
         spread = sum(max(choice.seconds) - min(choice.seconds) for choice in self.problem.choices)
-        return (self.bound + spread) / max(self.problem.limit or 0.0, 1.0)
+        return max(self.bound + spread, 1e-9) / max(self.problem.limit or 0.0, 1.0)
 
-    def tune(
-        self, bound: float, ascent: Ascent, state: State, price: float, tries: int
-    ) -> tuple[float, Ascent, State]:
-        """The price per byte with the best bound: bisected between prices at which the plan is too large and at which it fits."""
-        limit = self.problem.limit
-        assert limit is not None
-        best = bound, ascent, state
-        low, high = 0.0, numpy.inf
-        for _ in range(tries):
-            ascent = ascent.at(price, ascent.barred)
-            state = best[2].copy()
-            found = self.climb(ascent, state)
-            if found > best[0]:
-                best = found, ascent, state
-            if self.closed(best[0]) or self.over():
-                break
-            if self.offer(ascent, state) > limit:
-                low = price
-            else:
-                high = price
-            step = 4.0 if tries == FIRST_PRICES else 2.0
-            price = price * step if high == numpy.inf else (low * high) ** 0.5 if low else high / step
-        return best
-
-    def drop(self, ascent: Ascent, state: State) -> None:
+    def drop(self, node: _Node) -> None:
         """Leave out the strategies whose bound exceeds the plan found."""
         if self.chosen is None:
             return
-        bounds_of = ascent.bounds(state.copy(), ascent.bound(state))
+        bounds_of = node.ascent.bounds(node.state.copy(), node.ascent.bound(node.state))
         for choice, (strategies, bounds) in enumerate(zip(self.allowed, bounds_of, strict=True)):
             keep = (bounds <= self.seconds * (1 + 1e-9)) | (strategies == self.chosen[choice])
             self.kept[choice] = strategies[keep]
 
-    def branch(self, ascent: Ascent, state: State) -> None:
-        """Decide what the bound knows least of, always in the branch with the lowest bound."""
+    def branch(self, root: _Node) -> None:
+        """Decide what the bound knows least of, always in the node with the lowest bound."""
         numbers = count()
-        heap = [(self.bound, next(numbers), ascent, state)]
+        heap = [(root.bound, next(numbers), root)]
         while heap:
-            bound, number, ascent, state = heapq.heappop(heap)
+            bound, number, node = heapq.heappop(heap)
             self.bound = max(self.bound, bound)
-            if self.closed(bound) or self.over() or number > BRANCHES:
+            if self.closed(bound) or self.over() or number > self.branches:
                 return
-            children = self.children(bound, ascent, state)
+            children = self.children(node)
             if not children:
                 return
-            for child, start in children:
-                found = max(bound, self.climb(child, start))
-                if child.per_byte and not self.closed(found):
-                    found, child, start = self.tune(found, child, start, child.per_byte * 1.4, PRICES)
-                heapq.heappush(heap, (found, next(numbers), child, start))
+            for child in children:
+                child.bound = max(bound, self.climb(child.ascent, child.state))
+                self.tune(child)
+                heapq.heappush(heap, (child.bound, next(numbers), child))
 
-    def children(self, bound: float, ascent: Ascent, state: State) -> list[tuple[Ascent, State]]:
-        """The state with a bucket paid or not, or with a choice held to few or to many bytes; none if nothing is worth it."""
+    def children(self, node: _Node) -> list[_Node]:
+        """The node with a bucket paid or not, or with a choice held to few or to many bytes; none if nothing is worth it."""
+        ascent, state = node.ascent, node.state
         missing, bucket = self.undecided_bucket(ascent, state)
-        spread, choice, few = self.undecided_bytes(bound, ascent, state)
-        if max(missing, spread) < 1e-3 * self.gap * abs(bound):
+        spread, choice, few = self.undecided_bytes(node)
+        if max(missing, spread) < 1e-3 * self.gap * abs(node.bound):
             return []
         if missing >= spread:
             found = []
             for due in (True, False):
                 start = state.copy()
                 start.due[bucket], start.paid[bucket] = due, [0.0] * len(start.paid[bucket])
-                found.append((ascent, start))
+                found.append(_Node(node.bound, ascent, start))
             return found
         barred = ascent.barred.get(choice, numpy.zeros(len(few), dtype=bool))
-        return [(ascent.at(ascent.per_byte, {**ascent.barred, choice: barred | mask}), state.copy()) for mask in (few, ~few)]
+        return [
+            _Node(node.bound, ascent.at(ascent.per_byte, {**ascent.barred, choice: barred | mask}), state.copy()) for mask in (few, ~few)
+        ]
 
     def undecided_bucket(self, ascent: Ascent, state: State) -> tuple[float, int]:
         """The bucket with the largest part of its price that no member pays; that part and its number."""
@@ -196,12 +286,13 @@ class _Search:
         ]
         return max(open_, default=(0.0, -1))
 
-    def undecided_bytes(self, bound: float, ascent: Ascent, state: State) -> tuple[float, int, Mask]:
+    def undecided_bytes(self, node: _Node) -> tuple[float, int, Mask]:
         """The choice whose strategies that can still win differ most in bytes: their price, the choice, and which have few."""
+        ascent = node.ascent
         best = (0.0, -1, numpy.zeros(0, dtype=bool))
         if not ascent.per_byte:
             return best
-        for choice, bounds in enumerate(ascent.bounds(state.copy(), bound)):
+        for choice, bounds in enumerate(ascent.bounds(node.state.copy(), node.bound)):
             size = ascent.bytes[choice]
             near = size[bounds <= max(self.seconds, float(bounds.min()))]
             low, high = float(near.min()), float(near.max())

@@ -174,6 +174,11 @@ class Program:
         return {node.index: values[node.target] for node in self.nodes if node.kind == "buffer" and node.target in values}
 
     @cached_property
+    def outgoing(self) -> frozenset[Ref]:
+        """Tensors that leave the program: outputs and new values of buffers."""
+        return frozenset([value for value in self.outputs if isinstance(value, Ref)] + [ref for _, ref in self.updates])
+
+    @cached_property
     def users(self) -> dict[Ref, tuple[tuple[int, int], ...]]:
         """Tensor → its consumers as (node index, operand position in that node's `inputs`)."""
         users: dict[Ref, list[tuple[int, int]]] = {}

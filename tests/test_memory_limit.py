@@ -6,9 +6,15 @@ import pytest
 
 from autotp.memory_limit import Fitted, Walked, solve_within
 from autotp.plans import MemoryUse
-from autotp.problem import Problem, bytes_of, seconds_of
+from autotp.problem import Problem, bytes_of, everything_kept, seconds_of
 from autotp.solve import OutOfMemoryError, Solution
-from tests.test_solve import every_choice, random_problem
+from tests import test_solve
+from tests.test_solve import every_choice
+
+
+def random_problem(seed: int, limit: float | None = None) -> Problem:
+    """Without tensors that could be made again: the walks below know of none."""
+    return everything_kept(test_solve.random_problem(seed, limit))
 
 
 def peak(problem: Problem, chosen: tuple[int, ...], factor: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 import numpy
+from numpy.typing import NDArray
 
 from autotp.layouts import (
     COLLECTIVES,
@@ -90,13 +91,17 @@ class ConversionPrices:
             self._accesses[:] = [(program, accesses(program, self.compiled))]
         return self._accesses[0][1]
 
+    def breaks_chain(self, program: Program, ref: Ref) -> bool:
+        """Whether a collective at this tensor breaks a compiled chain: it stays inside one, and does not reach memory otherwise."""
+        return self.compiled and not self.accesses(program)[ref.node].writes[ref.output]
+
     def broken_seconds(self, program: Program, ref: Ref, table: PathTable, source: Layout, target: Layout) -> float:
         """What it costs that collectives break a compiled chain at a tensor inside it; 0 for a tensor that reaches memory anyway.
 
         The tensor is written before and read after them, and so is its gradient on the way back. What follows a reduction reads the
         reduction's operand again.
         """
-        if not self.compiled or self.accesses(program)[ref.node].writes[ref.output]:
+        if not self.breaks_chain(program, ref):
             return 0.0
         tensor, path = program.type_of(ref), table.path(source, target)
         moved: float = self.local_bytes(tensor, source) + self.local_bytes(tensor, target)
@@ -137,10 +142,10 @@ class ConversionPrices:
             return collective_seconds(self.cluster, kind, traffic.bytes, axis_group(self.mesh, traffic.axis))
         return memory_seconds(self.cluster, traffic.bytes)
 
-    def move_seconds(self, move: Move, tensor: TensorType) -> float:
+    def move_seconds(self, move: Move, tensor: TensorType) -> tuple[float, float]:
         """Time of one move, forward and backward."""
         forward, backward = self.traffic(move, tensor)
-        return self.seconds(forward) + self.seconds(backward)
+        return self.seconds(forward), self.seconds(backward)
 
     def forward_seconds(self, path: Sequence[Move], tensor: TensorType) -> float:
         """Time of the forward part of several moves: what it costs to convert a tensor again in backward."""
@@ -169,24 +174,33 @@ class PathTable:
         count = len(self.layouts)
         self.cost = numpy.full((count, count), numpy.inf)
         numpy.fill_diagonal(self.cost, 0.0)
+        self._forward = self.cost.copy()
         self._move: dict[tuple[int, int], Move] = {}
         for start, layout in enumerate(self.layouts):
             for move in [*moves_from(layout, cuts, gradient), *_maximum_moves(layout)]:
                 stop = self.number.get(move.target)
                 if stop is None:
                     continue
-                self.cost[start, stop] = 0.0 if prices.is_idle(move) else prices.move_seconds(move, tensor)
+                forward, backward = (0.0, 0.0) if prices.is_idle(move) else prices.move_seconds(move, tensor)
+                self.cost[start, stop], self._forward[start, stop] = forward + backward, forward
                 self._move[start, stop] = move
         self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count)[None, :], -1)
         for middle in range(count):
             detour = self.cost[:, middle, None] + self.cost[None, middle, :]
             better = detour < self.cost * (1 - 1e-12)
             self.cost = numpy.where(better, detour, self.cost)
+            self._forward = numpy.where(better, self._forward[:, middle, None] + self._forward[None, middle, :], self._forward)
             self._next = numpy.where(better, self._next[:, middle, None], self._next)
 
     def seconds(self, source: Layout, target: Layout) -> float:
         """Time of the cheapest path; infinite if there is none."""
         return float(self.cost[self.number[source], self.number[target]])
+
+    def between(self, layouts: Sequence[Layout], *, forward: bool = False) -> NDArray[numpy.float64]:
+        """Time of the cheapest path from each layout to each; infinite if there is none. With `forward`, its forward part alone."""
+        numbers = [self.number[layout] for layout in layouts]
+        found: NDArray[numpy.float64] = (self._forward if forward else self.cost)[numpy.ix_(numbers, numbers)]
+        return found
 
     def path(self, source: Layout, target: Layout) -> tuple[Move, ...]:
         """The moves of the cheapest path."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy
 
 from autotp.check import check
 from autotp.decisions import Decisions, read_plan
@@ -17,7 +20,7 @@ from autotp.layouts import Layout
 from autotp.planning import Request, prepare, traced_sizes
 from autotp.plans import Plan
 from autotp.price.cluster import DEFAULT_CLUSTER, load_cluster
-from autotp.price.conversion import ConversionPrices, PathTable
+from autotp.price.conversion import ConversionPrices
 from autotp.problem import Problem
 from autotp.program import Node, Program, Ref
 from autotp.solve import solve
@@ -53,7 +56,7 @@ def forced_plan(program: Program, ranks: int, model: str) -> tuple[Space, Border
     cluster = cluster_where_splitting_pays(load_cluster(DEFAULT_CLUSTER))
     prices = ConversionPrices(cluster, request.mesh, True, traced_sizes(program))
     formulation = formulate(space, prices, border)
-    formulation = replace(formulation, problem=without_gathers(space, prices, formulation))
+    formulation = replace(formulation, problem=without_gathers(space, formulation))
     solution = solve(formulation.problem, gap=GAP, time_limit=SOLVER_SECONDS)  # any plan must be right, not only the best
     plan = describe(
         space, prices, border, formulation, solution, model=model, mode="train", axes=request.axes, notes=program.notes
@@ -71,43 +74,37 @@ def checked(space: Space, border: Border, plan: Plan) -> Forced:
     return Forced(space.program, space, plan, read_plan(space, plan, dict(border.inputs), dict(border.outputs)))
 
 
-def without_gathers(space: Space, prices: ConversionPrices, formulation: Formulation) -> Problem:
+def without_gathers(space: Space, formulation: Formulation) -> Problem:
     """The problem in which split weights stay split, and consumers pay for weights that they read whole."""
     program, problem = space.program, formulation.problem
     weights = weight_tensors(program)
     seconds = [list(choice.seconds) for choice in problem.choices]
-    links, dropped = list(problem.links), set()
-    for place, (ref, copies) in enumerate(formulation.tensors):
-        if ref not in weights:
+    links = list(problem.links)
+    for place, stands in enumerate(formulation.tensors):
+        if stands.ref not in weights:
             continue
-        link, tensor = links[place], program.type_of(ref)
-        table = prices.table(tensor, space.dim_cuts(ref))
-        gone = {pair for pair, price in link.seconds.items() if not _stays_split(table, *pair, price)}
-        dropped |= {(place, *pair) for pair in gone}
-        links[place] = replace(link, seconds={pair: price for pair, price in link.seconds.items() if pair not in gone})
+        link, tensor = links[place], program.type_of(stands.ref)
+        seconds_left = link.seconds.copy()
+        for (source, made), (target, wanted) in product(enumerate(stands.layouts), repeat=2):
+            if source != target and not _stays_split(made, wanted, link.seconds[source, target]):
+                seconds_left[source, target] = numpy.inf
+        links[place] = replace(link, seconds=seconds_left)
         for choice, wanted in link.consumers:
             if formulation.nodes[choice] is None:
                 continue
-            price = SECONDS_PER_BYTE * tensor.bytes * len(copies) + TIMES_DEARER * max(problem.choices[choice].seconds)
+            price = SECONDS_PER_BYTE * tensor.bytes * len(stands.copies) + TIMES_DEARER * max(problem.choices[choice].seconds)
             for strategy, layout in enumerate(wanted):
-                if not table.layouts[layout].splits:
+                if not stands.layouts[layout].splits:
                     seconds[choice][strategy] += price
-    buckets = tuple(
-        replace(bucket, members=tuple(member for member in bucket.members if member not in dropped)) for bucket in problem.buckets
-    )
-    converted = {key: size for key, size in problem.memory.converted.items() if key not in dropped}
     return replace(
         problem,
         choices=tuple(replace(choice, seconds=tuple(paid)) for choice, paid in zip(problem.choices, seconds, strict=True)),
         links=tuple(links),
-        buckets=buckets,
-        memory=replace(problem.memory, converted=converted),
     )
 
 
-def _stays_split(table: PathTable, source: int, target: int, price: float) -> bool:
+def _stays_split(made: Layout, wanted: Layout, price: float) -> bool:
     """Whether a conversion leaves a split weight where it is (another name of the same pieces), or starts from a whole one."""
-    made, wanted = table.layouts[source], table.layouts[target]
     return not made.splits or (bool(wanted.splits) and price == 0)
 
 
