@@ -50,12 +50,17 @@ class Walked:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A solution with what is made again in backward; its peak, and the seconds of a step."""
+    """A solution with what is made again in backward; its peak, and the seconds of a step.
+
+    Under a limit, the gap of the solution is the proven distance from the best plan whose ESTIMATED bytes keep the limit, corrected by what
+    the estimate missed; `unlimited_gap` is that from the fastest plan without a limit, which needs no estimate. None without a limit.
+    """
 
     solution: Solution
     recomputation: Recomputation
     memory: MemoryUse
     seconds: float
+    unlimited_gap: float | None = None
 
 
 Walk = Callable[[Solution], Walked]
@@ -109,14 +114,18 @@ def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float)
         return Fitted(fastest, Recomputation(), walked.memory, fastest.seconds)
     fitted = _fit(free, fastest, walked, limit)
     best = fitted if fitted.memory.total <= limit else None
+    bound = unlimited = fastest.seconds * (1 - fastest.gap)
+    enough = max(gap, fastest.gap)
     missed = walked.memory.total - fastest.bytes
     for _ in range(ATTEMPTS):
-        if limit <= missed or (best is not None and best.seconds * (1 - gap) <= fastest.seconds * (1 - fastest.gap)):
+        if limit <= missed or (best is not None and best.seconds * (1 - gap) <= bound):
             break
         try:
             found = solve(replace(problem, limit=limit - missed), time_limit=time_limit / ATTEMPTS, gap=gap)
         except (OutOfMemoryError, OutOfTimeError):
             break
+        bound = max(unlimited, found.seconds * (1 - found.gap))
+        enough = max(enough, found.gap if found.status == "optimal" else 0.0)
         if best is not None and seconds_of(free, found.chosen) >= best.seconds:
             break
         walked = walk(found)
@@ -131,7 +140,10 @@ def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float)
         if not fitting:
             raise out_of_memory(limit, min(other.memory.total for other in smallest))
         best = min(fitting, key=lambda other: other.seconds)
-    return replace(best, solution=_judged(best, fastest, gap))
+    proven = max(0.0, 1 - bound / best.seconds)
+    status = "optimal" if proven <= enough * (1 + 1e-6) else "feasible"
+    solution = replace(best.solution, status=status, gap=proven)
+    return replace(best, solution=solution, unlimited_gap=max(0.0, 1 - unlimited / best.seconds))
 
 
 def _fit(free: Problem, solution: Solution, walked: Walked, limit: float) -> Fitted:
@@ -163,15 +175,6 @@ def smallest_peak(walked: Walked) -> float:
     """Peak bytes of a plan that makes again nothing, or everything that it can: the smaller one."""
     everything = recomputation(walked.ladders, float("inf"))
     return min(walked.memory.total, walked.again(everything.recomputed).total if everything.recomputed else float("inf"))
-
-
-def _judged(best: Fitted, free: Solution, gap: float) -> Solution:
-    """The solution of a plan within the limit, with what is really proved of it: how far it is from the bound of plans without a limit.
-
-    That it is the best within an estimated limit proves nothing about the limit itself.
-    """
-    proven = max(0.0, 1 - free.seconds * (1 - free.gap) / best.seconds)
-    return replace(best.solution, status="optimal" if proven <= max(gap, free.gap) else "feasible", gap=proven)
 
 
 def _smallest(problem: Problem, fastest: Solution, *, time_limit: float, gap: float) -> list[Solution]:

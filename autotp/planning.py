@@ -158,6 +158,7 @@ def make_plan(
         memory=fitted.memory,
         recomputation=fitted.recomputation,
     )
+    plan = replace(plan, solver=replace(plan.solver, unlimited_gap=fitted.unlimited_gap))
     check(program, space, plan)
     device = cluster.accelerator.memory_bytes
     return plan if plan.memory.total <= device else replace(plan, notes=(*plan.notes, _too_large(plan.memory.total, device)))

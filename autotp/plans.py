@@ -161,12 +161,17 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Solver:
-    """How the solver ended: its name, `optimal` or `feasible`, the proven relative gap, and seconds of wall time."""
+    """How the solver ended: its name, `optimal` or `feasible`, the proven relative gap, and seconds of wall time.
+
+    Under a memory limit that costs time, the gap is the distance from the best plan whose estimated bytes keep it (what the estimate missed
+    is corrected by a walk through the plan), and `unlimited_gap` that from the fastest plan without a limit. Else the latter is None.
+    """
 
     name: str
     status: str
     gap: float
     seconds: float
+    unlimited_gap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "recomputation_s": sum(entry.seconds for entry in plan.recomputed),
         },
         "memory": _memory(plan),
-        "solver": {"status": plan.solver.status, "gap": plan.solver.gap, "seconds": plan.solver.seconds},
+        "solver": {"status": plan.solver.status, "gap": plan.solver.gap, "seconds": plan.solver.seconds,
+                   "unlimited_gap": plan.solver.unlimited_gap},
         "kpi": dict(plan.kpi),
         "recomputed": [
             {"tensor": entry.node, "output": entry.output, "layout": entry.shows, "copies": entry.copies, "seconds": entry.seconds,
@@ -247,6 +248,8 @@ def _grid(*titles: str) -> Table:
 def _solver(plan: Plan) -> Text:
     solver = plan.solver
     gap = "" if solver.gap == 0 else f", at most {_percent(solver.gap)} % above the optimum"
+    if solver.unlimited_gap is not None:
+        gap += f" within the estimate of memory, and {_percent(solver.unlimited_gap)} % above the fastest plan without a limit"
     return Text.assemble(
         "solver: ",
         (solver.status, "green" if solver.status == "optimal" else "bold red"),

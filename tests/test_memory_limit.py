@@ -60,7 +60,21 @@ def test_no_more_is_claimed_than_is_proved(seed: int) -> None:
 
     found = solve_within(random_problem(seed, limit), walk, time_limit=60.0, gap=1e-6)
     optimum = min(seconds_of(free, chosen) for chosen in every_choice(free) if far(chosen) <= limit)
+    assert optimum >= found.seconds * (1 - (found.unlimited_gap or 0.0)) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_gap_is_that_within_the_estimate_where_it_misses_a_constant(seed: int) -> None:
+    free = random_problem(seed)
+    limit = sorted(bytes_of(free, chosen) for chosen in every_choice(free))[len(every_choice(free)) // 4] + 1e9 + 1e3
+
+    def walk(one: Solution) -> Walked:
+        return Walked(use(bytes_of(free, one.chosen) + 1e9), (), lambda _: use(0.0))
+
+    found = solve_within(random_problem(seed, limit), walk, time_limit=60.0, gap=1e-6)
+    optimum = min(seconds_of(free, chosen) for chosen in every_choice(free) if bytes_of(free, chosen) + 1e9 <= limit)
     assert optimum >= found.seconds * (1 - found.solution.gap) * (1 - 1e-9)
+    assert found.solution.status == "optimal" and found.seconds == pytest.approx(optimum, rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))

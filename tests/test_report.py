@@ -131,7 +131,7 @@ def test_json_keys(plan: Plan) -> None:
     assert list(found["time"]) == ["step_s", "compute_s", "communication_s", "recomputation_s"]
     assert list(found["memory"]) == ["parameters", "cache", "gradients", "optimizer", "activations", "transient", "total"]
     assert found["memory"]["total"] == pytest.approx(8.6e9)
-    assert list(found["solver"]) == ["status", "gap", "seconds"]
+    assert list(found["solver"]) == ["status", "gap", "seconds", "unlimited_gap"]
     assert list(found["kpi"]) == ["communication_to_computation", "shard_efficiency"]
 
 
