@@ -198,7 +198,7 @@ def _recomputed(
                 price = again(space, prices, chosen, paths, version)
                 seconds[version] += price.total
                 compute, communication = compute + price.compute, communication + price.communication
-                for move in path:
+                for move in (move for move in path if not prices.is_idle(move)):
                     traffic = prices.traffic(move, program.type_of(version[0]))[0]
                     if traffic is not None and traffic.primitive in COLLECTIVES:
                         collectives["all_reduce" if traffic.primitive == "all_reduce_max" else traffic.primitive] += 1
