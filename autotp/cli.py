@@ -100,6 +100,10 @@ def plan(
         int | None, typer.Option(metavar="N", help="In place of a mesh: the fastest mesh of N devices; dp splits the batch.")
     ] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences per step (default 1; with --gpus one per device).")] = None,
+    local_batch: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS,…", help="Mesh axes over which each rank has its own rows of inputs and outputs (default none)."),
+    ] = None,
     seq: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens per sequence (default the model's maximum, at most 4096).")
     ] = None,
@@ -168,9 +172,13 @@ def plan(
         check_devices(priced, gpus)
         limit = USABLE * priced.accelerator.memory_bytes if limit is None else limit
     axes = {"tp": 1} if gpus is not None else _axes(DEFAULT_MESH if mesh is None else mesh, priced)
+    local_axes = [] if local_batch is None else [name.strip() for name in local_batch.split(",")]
+    for name in local_axes:
+        if name not in axes or gpus is not None:
+            raise AutotpError(f"--local-batch names {name!r}, which is no axis of the mesh: name one of --mesh, such as dp of dp=2,tp=4")
     with progress() as step, calm_collector(), guest(model):
         step("loading PyTorch")
-        from autotp.batch_axes import batch_size
+        from autotp.batch_axes import batch_border, batch_size
         from autotp.kpi import rates
         from autotp.mesh_choice import does_not_fit, plan_on
         from autotp.mesh_search import MeshSearch, Traced
@@ -190,6 +198,9 @@ def plan(
             loaded = in_phase(loaded, "prefill" if phase == "prefill" else "decode", seq=seq)
         step(f"tracing {loaded.name}")
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
+        if local_axes:
+            inputs, outputs = batch_border(program, local_axes)
+            request = replace(request, inputs=inputs, outputs=outputs)
         traced = Traced(program, loaded.batch or batch_size(program), loaded.seq)
         search = MeshSearch(traced, request, priced, loaded.name, by_batch=gpus is not None, progress=step)
         unit = "GiB" if memory is None else unit_of(memory)

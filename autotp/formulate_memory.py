@@ -119,11 +119,11 @@ def _saved(
         kind, of = program.nodes[tensor.ref.node].kind, program.type_of(tensor.ref)
         sizes = numpy.array([float(prices.local_bytes(of, layout)) for layout in tensor.layouts])
         if kind == "parameter":
-            splits = numpy.array([len(layout.splits) for layout in tensor.layouts])
-            gathered = splits[None, :] < splits[:, None]
+            forward = _forward(space, prices, tensor)
+            gathered = (forward > 0) & (sizes[None, :] >= sizes[:, None])  # else it is a part of what is there
             folded = home_of(space, tensor.copies[0]) >= 0
             held = len(tensor.copies) if prices.train or not folded else 1  # without backward, one copy's after the other's
-            again = _forward(space, prices, tensor) if folded and may else numpy.full(gathered.shape, numpy.inf)
+            again = forward if folded and may else numpy.full(gathered.shape, numpy.inf)
             found.append(Saved(number, tuple(range(1, len(link.consumers) + 1)), gathered * sizes * held, again))
         elif prices.train and kind == "op" and savers:
             size = numpy.broadcast_to(sizes * len(tensor.copies), link.seconds.shape)
