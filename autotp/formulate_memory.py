@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -10,7 +10,8 @@ import numpy
 from autotp.in_place import writes_in_place
 from autotp.layouts import Layout, local_shape
 from autotp.price.conversion import ConversionPrices
-from autotp.price.memory import saved
+from autotp.price.memory import saved_for
+from autotp.price.storage import is_view
 from autotp.price.work import Seconds
 from autotp.problem import Link, Matrix, Memory, Saved
 from autotp.program import Node, Ref
@@ -111,8 +112,11 @@ def _saved(
 ) -> tuple[Saved, ...]:
     """What operators save for backward, and weights that are gathered. A compiler decides itself what is made again."""
     program, may = space.program, prices.train and not prices.compiled
-    kept_by = [_savers(space, link, tensor.ref, nodes) for link, tensor in zip(links, tensors, strict=True)]
-    savable = {tensor.ref for tensor, savers in zip(tensors, kept_by, strict=True) if savers}
+    views = {index for index, options in times.items() if is_view(program.nodes[index]) and not any(time.forward for time in options)}
+    kept = _saved_tensors(space, views)
+    kept_by = [_savers(space, link, tensor.ref, nodes, kept, views) for link, tensor in zip(links, tensors, strict=True)]
+    of_saved = {index for index in views if (index, 0) in kept}
+    savable = {tensor.ref for tensor, savers in zip(tensors, kept_by, strict=True) if savers or tensor.ref.node in of_saved}
     chain = _chains(space, savable, times)
     found = []
     for number, (link, tensor, savers) in enumerate(zip(links, tensors, kept_by, strict=True)):
@@ -131,22 +135,39 @@ def _saved(
     return tuple(found)
 
 
-def _savers(space: Space, link: Link, ref: Ref, nodes: Sequence[int | None]) -> tuple[int, ...]:
-    """Which of a link's ends keep its tensor for backward: 0 for the producer, then its consumers."""
-    program = space.program
-    producer = program.nodes[ref.node]
-    found = []
-    if producer.kind == "op" and producer.outputs[ref.output].requires_grad and ref.output in saved(producer)[1]:
-        found.append(0)
+def _saved_tensors(space: Space, views: Collection[int]) -> set[tuple[int, int]]:
+    """(representative node, operand position; -1 - number for its outputs) of all that is saved; a view is its operand's memory."""
+    program, found = space.program, set[tuple[int, int]]()
+    for index in space.folding.members:
+        node = program.nodes[index]
+        if node.kind == "op" and index not in views and any(output.requires_grad for output in node.outputs):
+            operands, results = saved_for(node, [program.type_of(ref).requires_grad for ref in node.inputs])
+            found |= {(index, place) for place in operands}
+            found |= {(index, -1 - place) for place in results if node.outputs[place].requires_grad}
+    before = -1
+    while before != len(found):  # views of views, and of the copy before
+        before = len(found)
+        for index in sorted(views, reverse=True):
+            outputs = [Ref(index, output) for output in range(len(program.nodes[index].outputs))]
+            users = [use for ref in outputs for use in program.users.get(ref, ())]
+            if any((space.folding.representative[user], place) in found for user, place in users):
+                found.add((index, 0))
+    return found
+
+
+def _savers(
+    space: Space, link: Link, ref: Ref, nodes: Sequence[int | None], kept: Collection[tuple[int, int]], views: Collection[int]
+) -> tuple[int, ...]:
+    """Which of a link's ends keep its tensor for backward: 0 for the producer, then its consumers; none if it is a view."""
+    if ref.node in views:
+        return ()
+    found = [0] if (ref.node, -1 - ref.output) in kept else []
     for place, (choice, _) in enumerate(link.consumers, 1):
         index = nodes[choice]
-        if index is None:
-            continue
-        consumer = program.nodes[index]
-        if any(output.requires_grad for output in consumer.outputs) and any(
-            ref in space.tensors[index, False, position] for position in saved(consumer)[0]
-        ):
-            found.append(place)
+        if index is not None:
+            operands = range(len(space.program.nodes[index].inputs))
+            if any((index, operand) in kept and ref in space.tensors[index, False, operand] for operand in operands):
+                found.append(place)
     return tuple(found)
 
 
@@ -213,6 +234,12 @@ def _stays_inside(space: Space, ref: Ref) -> bool:
     """Whether a tensor is made and used inside one copy of a repeated block, and nowhere else."""
     places = space.folding.places
     home = places.get(ref.node)
-    return home is not None and ref not in space.program.outgoing and all(
-        places.get(user) == home for user, _ in space.program.users.get(ref, ())
+    if home is None or ref in space.program.outgoing:
+        return False
+    users = {user for user, _ in space.program.users.get(ref, ())}
+    return all(places.get(user) == home for user in users) and all(
+        _stays_inside(space, Ref(user, output))
+        for user in users
+        if is_view(space.program.nodes[user])
+        for output in range(len(space.program.nodes[user].outputs))
     )

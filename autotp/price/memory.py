@@ -12,12 +12,22 @@ SAVES_NOTHING = frozenset(
     "add sub neg mean sum expand reshape view transpose permute t unsqueeze squeeze slice select split split_with_sizes chunk cat "
     "stack to type_as clone contiguous alias detach unbind pad flatten unflatten repeat roll flip".split()
 )
+PRODUCTS = frozenset("mul mm bmm matmul linear addmm baddbmm conv1d conv2d conv3d convolution".split())
+"""What the gradient of one operand needs is the other one."""
 SAVES_OUTPUT = frozenset("exp tanh sigmoid rsqrt sqrt softmax log_softmax relu reciprocal".split())
 
 
 def saved(node: Node) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(operands, outputs) that a node keeps for its backward, by position."""
     return saved_by(node.op, len(node.inputs))
+
+
+def saved_for(node: Node, wanting: Sequence[bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The same where only some operands want a gradient (`wanting`, by position): the only factor that wants one is not kept."""
+    operands, outputs = saved(node)
+    if node.op.split(".")[1:2] and node.op.split(".")[1] in PRODUCTS:
+        operands = tuple(place for place in operands if any(wanting[other] for other in operands if other != place))
+    return operands, outputs
 
 
 def saved_by(op: str, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
