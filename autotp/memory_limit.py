@@ -117,6 +117,7 @@ def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float)
     bound = unlimited = fastest.seconds * (1 - fastest.gap)
     enough = max(gap, fastest.gap)
     missed = walked.memory.total - fastest.bytes
+    walks = {fastest.chosen: walked}
     for _ in range(ATTEMPTS):
         if limit <= missed or (best is not None and best.seconds * (1 - gap) <= bound):
             break
@@ -126,13 +127,12 @@ def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float)
             break
         bound = max(unlimited, found.seconds * (1 - found.gap))
         enough = max(enough, found.gap if found.status == "optimal" else 0.0)
-        if best is not None and seconds_of(free, found.chosen) >= best.seconds:
+        if found.chosen in walks:
             break
-        walked = walk(found)
+        walks[found.chosen] = walked = walk(found)
         other = _fit(free, found, walked, limit)
-        if other.memory.total <= limit:
-            best = other if best is None or other.seconds < best.seconds else best
-            break
+        if other.memory.total <= limit and (best is None or other.seconds < best.seconds):
+            best = other
         missed = walked.memory.total - bytes_of(free, found.chosen)
     if best is None:
         smallest = [fitted, *(_fit(free, one, walk(one), limit) for one in _smallest(problem, fastest, time_limit=time_limit, gap=gap))]
