@@ -195,17 +195,23 @@ class _Search:
         """Raise a node's bound by the price per byte: the next one to try is where the plans known cost most (Kelley 1960)."""
         if self.problem.limit is None:
             return
+        too_dear = numpy.inf
         for _ in range(PRICES):
             if self.closed(node.bound) or self.over():
                 return
             price, top = self.dearest(node)
             if top - node.bound <= self.worth(node.bound):
                 return
+            if price >= too_dear:  # the plans known do not tell that: no plan made so far is as small as the bounds allow
+                price = (node.ascent.per_byte * too_dear) ** 0.5 or too_dear / 8
             ascent, state = node.ascent.at(price, node.ascent.barred), node.state.copy()
+            before = node.ascent.per_byte
             found = self.climb(ascent, state)
             if found > node.bound:
                 node.bound, node.ascent, node.state = found, ascent, state
-            elif abs(price - node.ascent.per_byte) < 1e-3 * price:
+            elif price > before:
+                too_dear = price
+            if abs(price - before) < 1e-3 * price:
                 return
 
     def dearest(self, node: _Node) -> tuple[float, float]:
