@@ -43,12 +43,14 @@ class _Value:
 @dataclass(eq=False)
 class _Early:
     """A conversion that has begun early: what is under way, held, forward and then backward; `token` stands between the two ends of
-    its gradients' way."""
+    its gradients' way. What backward makes again of the conversions `before` it begins when its gradients do."""
 
     journey: Journey
     operands: tuple[_Value, ...]
-    values: tuple[_Value, ...]
     token: _Value
+    before: tuple[_Early | None, ...]
+    values: tuple[_Value, ...] = ()
+    remade: Remade | None = None
     gradients: tuple[_Value, ...] = ()
 
     @property
@@ -103,6 +105,8 @@ class _Walk:
         """The calls of the block at work that are made again in backward."""
         self.made: list[Storage] = []
         self.calls = 0
+        self.early: dict[int, _Early] = {}
+        """Calls that are made again and may begin early, by number."""
         self.schedules: dict[GraphModule, list[tuple[fx.Node, tuple[fx.Node, ...]]]] = {}
         bind(sharded.graph, Alone(sharded.mesh))
 
@@ -193,7 +197,8 @@ class _Walk:
             return self.block(target, node.meta["repeat"], fx.map_arg(node.args, values.__getitem__))
         given = [values[name] for name in node.all_input_nodes]
         if isinstance(target, Prefetch):
-            return self.begin(target, given)
+            before: Any = fx.map_arg(node.kwargs.get("before", ()), values.__getitem__)
+            return self.begin(target, fx.map_arg(node.args, values.__getitem__), tuple(before))
         if isinstance(early := given[-1] if given else None, _Early):
             return self.end(early, node)
         if given and isinstance(given[0], tuple):  # an item of a call with several results
@@ -268,24 +273,35 @@ class _Walk:
             self.leaves.update(value for value in set(operands) if value in self.leaves)
         return tuple(results) if seen.several else results[0]
 
-    def begin(self, prefetch: Prefetch, given: Sequence[Any]) -> _Early | None:
-        """A conversion that begins early, if there is anything to begin."""
+    def begin(self, prefetch: Prefetch, given: Sequence[Any], before: tuple[_Early | None, ...]) -> _Early | None:
+        """A conversion that begins early, if there is anything to begin; `before` are those of the block before."""
         operands = tuple(value for value in given if isinstance(value, _Value))
         rest = tuple(value for value in given if not isinstance(value, _Value))
         journey = Journey(prefetch.conversion, rest, tuple(value.spec for value in operands))  # type: ignore[arg-type]
         if not journey.is_needed:
             return None
-        plain = tuple(_Value(value.spec._replace(requires_grad=False), value.storage) for value in operands)
-        early = _Early(journey, operands, self.part(journey, journey.begin, plain), self.value(contiguous((), torch.float32, True)))
+        early = _Early(journey, operands, self.value(contiguous((), torch.float32, True)), before)
+        self.begin_values(early)
         if early.wanted:
             self.tape.append(_Step(early, None, early.wanted, (early.token,)))
             self.leaves.update(early.wanted)
         return early
 
-    def end(self, early: _Early, node: fx.Node) -> Any:
+    def begin_values(self, early: _Early) -> None:
+        """The exchange is under way."""
+        plain = tuple(_Value(value.spec._replace(requires_grad=False), value.storage) for value in early.operands)
+        early.values = self.part(early.journey, early.journey.begin, plain)
+
+    def end_values(self, early: _Early) -> tuple[_Value, ...]:
         """The converted tensors, held; nothing else holds them any more."""
         found = self.part(early.journey, early.journey.end, early.values[: len(early.operands)])
         self.release(early.values)
+        early.values = ()
+        return found
+
+    def end(self, early: _Early, node: fx.Node) -> Any:
+        """The converted tensors as the block uses them, held."""
+        found = self.end_values(early)
         wants = bool(early.wanted)
         results = tuple(_Value(value.spec._replace(requires_grad=wants), value.storage) for value in found)
         if wants:
@@ -297,7 +313,8 @@ class _Walk:
         self.seen.append(Seen(node, tuple(value.storage for value in early.operands), (storage,), ()))
         if node.name in self.marked and not storage.rests:
             again = self.again(Call(conversion, (Slot(0), *early.journey.rest), {}), early.journey, early.operands)
-            again.results[0] = Remade(again, storage.bytes)
+            again.results[0] = early.remade = Remade(again, storage.bytes)
+            self.early[again.number] = early
             self.ledger.promise(storage, again.results[0])
             self.made.append(storage)
             self.ledger.unrefer_call(again)
@@ -329,7 +346,11 @@ class _Walk:
                 stack += [operand for operand in remade.again.operands if isinstance(operand, Remade)]
         for number in sorted(pending):
             again = pending[number]
-            self.ledger.look(self.observer.forward(again.call, again.key, again.specs).peak)
+            early = self.early.get(number)
+            if early is not None and early.values:
+                self.release(self.end_values(early))
+            else:
+                self.ledger.look(self.observer.forward(again.call, again.key, again.specs).peak)
             self.ledger.fill(again)
 
     def hold(self, value: Any) -> None:
@@ -406,6 +427,9 @@ class _Walk:
         self.release(given)
         for number in ends:
             self.ledger.change(early.gradients[number].storage, rests="gradients")
+        for other in reversed(early.before):
+            if other is not None and not other.values and other.remade and other.remade.references and not other.remade.storage:
+                self.begin_values(other)
         pending[early.token] = self.value(contiguous((0,), torch.float32))
         self.hold(pending[early.token])
 

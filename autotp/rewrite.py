@@ -178,7 +178,7 @@ class _Rewriter:
         blocks = {number: self._block(number) for number in range(len(self.folding.repeats))}
         modules = {number: self._modules(number, blocks[number]) for number in blocks}
         calls = iter(sorted(dict.fromkeys(self.copy_of.values()), key=lambda place: self.folding.repeats[place[0]].instance(place[1])[0]))
-        begun = self._prefetch(root, blocks, next(calls, None))
+        begun = self._prefetch(root, blocks, next(calls, None), ())
         for node in self.program.nodes:
             if node.kind != "op":
                 continue
@@ -186,7 +186,8 @@ class _Rewriter:
             if place is None:
                 self._emit(root, node)
             elif node.index == self.folding.repeats[place[0]].instance(place[1])[0]:
-                mine, begun = begun, self._prefetch(root, blocks, next(calls, None))
+                again = begun if isinstance(modules[place[0]][place[1]][1], Recomputing) else ()
+                mine, begun = begun, self._prefetch(root, blocks, next(calls, None), again)
                 self._call_block(root, blocks[place[0]], modules[place[0]][place[1]], *place, mine)
         outputs, constants = [], {}
         for position, value in enumerate(self.program.outputs):
@@ -470,18 +471,20 @@ class _Rewriter:
             found.update(zip(*([ref for ref, _ in self.orders(node)] for node in nodes), strict=True))
         return found
 
-    def _prefetch(self, root: _Scope, blocks: Mapping[int, _Block], place: tuple[int, int] | None) -> list[fx.Node]:
-        """Begin the conversions of the parameters of one copy, if there is one."""
-        if place is None or not blocks[place[0]].prefetches:
-            return []
+    def _prefetch(
+        self, root: _Scope, blocks: Mapping[int, _Block], place: tuple[int, int] | None, before: tuple[fx.Node, ...]
+    ) -> tuple[fx.Node, ...]:
+        """Begin the conversions of the parameters of one copy, if there is one; `before` are those that its backward begins again."""
+        if place is None:
+            return ()
         counterpart, begun = self._counterparts(*place), []
         for number, prefetch in enumerate(blocks[place[0]].prefetches):
             name = f"prefetch_{place[0] + 1}_{number + 1}"
             root.modules[name] = prefetch.module
             args = [self._get(root, (counterpart[ref], layout)) for ref, layout in prefetch.takes]
             args += [size_node(root.graph, symbol, root.sizes) for symbol in prefetch.symbols]
-            begun.append(root.graph.call_module(name, tuple(args)))
-        return begun
+            begun.append(root.graph.call_module(name, tuple(args), {"before": before} if before else {}))
+        return tuple(begun)
 
     def _call_block(
         self, root: _Scope, block: _Block, module: tuple[str, nn.Module], number: int, copy: int, begun: Sequence[fx.Node]

@@ -6,6 +6,7 @@ They are the only places of a sharded graph that communicate, forward or backwar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -127,8 +128,8 @@ class Convert(nn.Module):
         if idle:
             return None
         wanted = [x] if self.gradient and x.requires_grad and torch.is_grad_enabled() else []
-        value = start(forward, x.detach(), self.comm, "last")
-        return Prefetched((value,), self.reduction(rest, x.device), wanted)
+        begin = partial(start, forward, x.detach(), self.comm, "last")
+        return Prefetched((begin(),), self.reduction(rest, x.device), wanted, begin)
 
     def forward(self, x: Tensor, *rest: Any, prefetched: Prefetched | None = None) -> Tensor:
         """The local tensor in the target layout; `x` is not modified, and itself returned if nothing is to be done."""

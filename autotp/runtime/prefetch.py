@@ -4,10 +4,13 @@ One autograd function is called where the gather begins, ahead of the block befo
 used. Backward, the second begins the reduction, and the first waits for it: the engine takes, of the functions that are ready, the one
 that was called last in the forward, so that the backward of the block between comes first. All gradients are complete when `backward()`
 returns, and reach the parameters as any others do: summed over several uses, seen by hooks, accumulated.
+
+What is gathered again in backward (`recompute`) begins a block early too: when the first gradient of the block after it goes on its way.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,10 +53,17 @@ class Prefetched:
         values: the tensors as far as they are converted.
         reduction: how their gradients go back.
         tensors: those before the conversion that want a gradient, in the order in which `reduction` gives them.
+        begin: begins again.
     """
 
-    def __init__(self, values: tuple[Flight, ...], reduction: Reduction, tensors: Sequence[Tensor]) -> None:
-        self._values, self._comm, self._pending = values, reduction.comm, _Pending(reduction)
+    def __init__(
+        self,
+        values: tuple[Flight, ...],
+        reduction: Reduction,
+        tensors: Sequence[Tensor],
+        begin: Callable[[], Flight] | None = None,
+    ) -> None:
+        self._values, self._comm, self._pending, self._begin = values, reduction.comm, _Pending(reduction), begin
         self._token: Tensor | None = _Wait.apply(self._pending, *tensors) if tensors else None
 
     def take(self) -> tuple[Tensor, ...] | None:
@@ -68,16 +78,34 @@ class Prefetched:
         return linked
 
 
+    def follow(self, before: Sequence[Prefetched | None]) -> None:
+        """When gradients begin their way, the conversions of the block before begin again, those that backward makes again.
+
+        Only calls that are to be made again still hold theirs then, so that the others are gone.
+        """
+        self._pending.before = [weakref.ref(other) for other in reversed(before) if other is not None]
+
+    def begin_again(self) -> None:
+        """Begin, if it has not: `take` will give the tensors once more."""
+        if not self._values and self._begin is not None:
+            self._values = (self._begin(),)
+
+
 class _Pending:
     """The reductions of one backward between their begin and their end."""
 
     def __init__(self, reduction: Reduction) -> None:
         self.reduction = reduction
         self.flights: list[Flight] = []
+        self.before: list[weakref.ref[Prefetched]] = []
 
     def begin(self, gradients: Sequence[Tensor]) -> None:
         """Send gradients on their way."""
         self.flights = self.reduction.begin(gradients)
+        for reference in self.before:
+            other = reference()
+            if other is not None:
+                other.begin_again()
 
     def end(self) -> tuple[Tensor, ...]:
         """The gradients; whatever the exchanges needed is given up."""
@@ -138,6 +166,11 @@ class Prefetch(nn.Module):
         super().__init__()
         self.conversion = conversion
 
-    def forward(self, *args: Any) -> Prefetched | None:
-        """The conversion under way."""
-        return None if torch.compiler.is_compiling() else self.conversion.prefetch(*args)
+    def forward(self, *args: Any, before: Sequence[Prefetched | None] = ()) -> Prefetched | None:
+        """The conversion under way; `before` are those of the block before, which may be made again in backward."""
+        if torch.compiler.is_compiling():
+            return None
+        begun = self.conversion.prefetch(*args)
+        if begun is not None:
+            begun.follow(before)
+        return begun

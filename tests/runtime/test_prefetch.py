@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autotp
-from autotp.decisions import Decisions
+from autotp.decisions import Decisions, Recomputed, recomputable
 from autotp.definitions import coordinates, scatter
 from autotp.equality import compare, emitted
 from autotp.errors import AutotpError
@@ -71,8 +72,19 @@ def made(rests: str = "S", sizes: Sequence[int] = (2,)) -> tuple[Model, Any, Ten
 
 
 def decided(model: Model, x: Tensor, rests: str, sizes: Sequence[int]) -> tuple[Space, Decisions]:
+    """`rests` as for `data_parallel`; with "+" what is gathered is gathered again in backward."""
     mesh = {f"axis{number}": size for number, size in enumerate(sizes)}
-    return data_parallel(trace(model, (x,)), mesh, rests)
+    space, decisions = data_parallel(trace(model, (x,)), mesh, rests.rstrip("+"))
+    return space, gathered_again(space, decisions) if rests.endswith("+") else decisions
+
+
+def gathered_again(space: Space, decisions: Decisions) -> Decisions:
+    found = []
+    for number, repeat in enumerate(space.folding.repeats):
+        versions = recomputable(space, decisions, number)
+        weights = frozenset(version for version in versions if space.program.nodes[version[0].node].kind == "parameter")
+        found.append(Recomputed(number, repeat.count, weights))
+    return replace(decisions, recomputed=tuple(found))
 
 
 def close(found: Any, wanted: Any, what: str) -> None:
@@ -211,8 +223,9 @@ def record(module: Any, x: Tensor) -> tuple[list[tuple[str, str, int]], list[tup
     return forward, recorder.events
 
 
-PRODUCTS, GATHERED = 4, 5
-"""A block's products in its forward, and the parameters that it gathers; the gradients of the others are merged."""
+PRODUCTS, GATHERED, SAVED = 4, 5, 3
+"""A block's products in its forward, the parameters that it gathers (the gradients of the others are merged), and those that its backward
+needs."""
 
 
 def in_flight() -> None:
@@ -226,6 +239,12 @@ def in_flight() -> None:
     late = [count for count in reduced if count >= 2 * PRODUCTS]
     assert len(late) >= (LAYERS - 1) * GATHERED, reduced
     assert most_under_way(backward) <= 2 * (GATHERED + 1)
+    _, again, x = made("S+")
+    _, backward = record(again, x)
+    gathered = products_meanwhile(backward, "all_gather")
+    early = [count for count in gathered if count >= PRODUCTS]
+    assert len(gathered) == LAYERS * SAVED and len(early) >= (LAYERS - 1) * SAVED, gathered
+    assert most_under_way(backward) <= 3 * (GATHERED + 1)
     for node in list(module._sharded.graph.graph.nodes):
         assert node.op != "call_module" or "prefetch" not in node.name or node.users
     without_prefetch(module)
@@ -334,7 +353,7 @@ CHECKS: tuple[Callable[[Model, Any, Tensor], None], ...] = (
 
 
 def all_checks() -> None:
-    for rests, checks in (("S", CHECKS), ("I", CHECKS[:3])):
+    for rests, checks in (("S", CHECKS), ("I", CHECKS[:3]), ("S+", CHECKS[:4])):
         model, module, x = made(rests)
         for check in checks:
             check(model, module, x)
@@ -358,7 +377,7 @@ def everything_on_two_ranks() -> None:
     """One start of the ranks for several checks: starting costs more than checking."""
     in_flight()
     all_checks()
-    for rests in ("I", "S"):
+    for rests in ("I", "S", "S+"):
         train((2,), rests)
     tensor_parallel()
 
