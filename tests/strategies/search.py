@@ -63,14 +63,17 @@ class Found:
 
 
 def search(build: Build, args: tuple[Any, ...], axes: dict[str, int], cluster: str | Cluster, **asked: Any) -> Found:
-    """Plan a model on `meta` in bfloat16; without pins, to the proven optimum (to 0.1 %)."""
+    """Plan a model on `meta` in bfloat16; without pins, to the proven optimum (to 0.1 %).
+
+    Under a memory limit, what is proved is the distance from plans without one.
+    """
     with torch.device("meta"):
         model = build().to(torch.bfloat16)
         inputs = tuple(arg.to("meta", torch.bfloat16 if arg.is_floating_point() else None) for arg in args)
         program = trace(model, inputs, {}, dynamic=False)
     request = Request(axes, **asked)
     plan = make_plan(program, request, load_cluster(cluster) if isinstance(cluster, str) else cluster, "model")
-    assert plan.solver.gap <= 1e-3, plan.solver
+    assert request.memory is not None or plan.solver.gap <= 1e-3, plan.solver
     return Found(request, plan)
 
 

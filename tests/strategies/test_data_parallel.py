@@ -1,4 +1,4 @@
-"""Data parallelism and what shards its state come out of the search: DDP, ZeRO-2, HSDP, FSDP across nodes × TP inside; or nothing."""
+"""Data parallelism and what shards its state come out of the search: DDP, ZeRO-2 and -3, HSDP, FSDP × TP inside nodes; or nothing."""
 
 from __future__ import annotations
 
@@ -59,6 +59,28 @@ def test_zero_2() -> None:
     assert gathered == {"all_gather over dp": 7 * LAYERS + 1}
     assert found.moved("backward", weights=True)["reduce_scatter over dp"] == 7 * LAYERS + 1
     assert small_error(found) < TOLERANCE
+
+
+def test_zero_3() -> None:
+    """Within half of ZeRO-2's memory, gathered weights are freed after forward and gathered again in backward (Zhao et al. 2023).
+
+    The MLPs' first, in all four layers, then attention's, in as many as need be: copies of a block may differ. What is cheap to make,
+    norms and activation functions, is made again before.
+    """
+    layers, limit = 4, 10e9
+    sizes = {"width": 8192, "heads": 64, "groups": 64, "inner": 22016, "vocabulary": 32000}
+    asked = decoder(layers, **sizes), tokens(8, 4096), {"dp": 8}, "dgx-h100"
+    free, found = search(*asked), search(*asked, memory=limit)
+    assert found.plan.memory.total <= limit < 0.6 * free.plan.memory.total
+    everything_by_batch(found)
+    inside = {name for name, layout in matrices(found).items() if "blocks" in name and layout == "S(0)"}
+    again = {entry.node: entry.copies for entry in found.plan.recomputed if entry.layout == "R"}
+    assert again.keys() == inside and len(inside) == 7
+    assert {again[f"p_blocks_0_{name}_weight"] for name in ("gate", "up", "down")} == {layers}
+    assert found.plan.collectives["backward"]["all_gather"] == sum(again.values())
+    assert "all_gather" not in free.plan.collectives["backward"] and not free.plan.recomputed
+    small = decoder(layers, **SMALL)
+    assert worst_at(found, small, tokens(8, 16)) < TOLERANCE
 
 
 def test_hsdp() -> None:
