@@ -37,7 +37,7 @@ from tests.ranks import run_ranks
 from tests.test_experts import stack
 from tests.test_liveness import Small
 
-PLANS_EACH = 3
+PLANS_EACH = 2
 
 
 @cache
@@ -46,7 +46,7 @@ def traced(name: str) -> tuple[Example, Program]:
         if name == "experts":
             one = Example(stack(layers=3), (torch.randn(3, 7, 6, dtype=torch.float64),), {})
         else:
-            one = example("gpt2", n_layer=3, resid_pdrop=0.2, attn_pdrop=0.2) if name == "dropout" else example(name)
+            one = example("gpt2", resid_pdrop=0.2, attn_pdrop=0.2) if name == "dropout" else example(name)
         return one, trace(one.model, one.args, one.kwargs)
 
 
@@ -70,7 +70,7 @@ def equal_to_one_device(name: str, mesh: tuple[int, ...], seeds: range) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [("llama", (2,)), ("llama", (2, 2)), ("gpt2", (3,)), ("gpt2", (4,)), ("experts", (2,)), ("experts", (3,))], ids=str
+    ("name", "mesh"), [("llama", (2,)), ("gpt2", (2, 2)), ("gpt2", (3,)), ("experts", (4,))], ids=str
 )
 def test_random_sets_equal_one_device(name: str, mesh: tuple[int, ...]) -> None:
     equal_to_one_device(name, mesh, range(PLANS_EACH))
@@ -122,7 +122,7 @@ def same_with_dropout(mesh: tuple[int, ...], seeds: range) -> None:
             torch.testing.assert_close(*pair, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mesh", [(2,), (2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [(3,), (2, 2)], ids=str)
 def test_dropout_draws_the_same_numbers_again(mesh: tuple[int, ...]) -> None:
     same_with_dropout(mesh, range(PLANS_EACH))
 
@@ -153,13 +153,17 @@ def test_planted_errors_are_caught(monkeypatch: pytest.MonkeyPatch, owner: Any, 
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
 
-def gathered_at_rest(name: str = "llama", ranks: int = 2) -> tuple[Example, Program, Request, Plan]:
-    """A plan with parameters that are gathered where they are used."""
-    with InFloat64():
-        one = example(name, num_hidden_layers=3) if name == "llama" else example(name)
-        program = trace(one.model, one.args, one.kwargs)
-        request = Request({"tp": ranks}, pins={"*.layers.*": "replicate"})
-        return one, program, request, make_plan(program, request, splitting_pays(), name)
+@cache
+def planned() -> tuple[Program, Request, Plan]:
+    """A plan for three layers."""
+    one = example("llama", num_hidden_layers=3)
+    program = trace(one.model, one.args, one.kwargs)
+    request = Request({"tp": 2}, pins=MEGATRON)
+    return program, request, make_plan(program, request, splitting_pays(), "llama")
+
+
+COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+MEGATRON = {f"*.layers.*.{name}": "column" if name in COLUMN else "row" for name in (*COLUMN, "o_proj", "down_proj")}
 
 
 def entries(space: Space, decisions: Decisions, copies: int, share: int = 1) -> tuple[RecomputePlan, ...]:
@@ -173,7 +177,7 @@ def entries(space: Space, decisions: Decisions, copies: int, share: int = 1) -> 
 
 
 def test_entries_are_read_back_as_nested_sets() -> None:
-    _, program, request, plan = gathered_at_rest()
+    program, request, plan = planned()
     space, decisions = adopt(program, request, plan)
     all_ = entries(space, decisions, 1)
     nested = tuple(replace(entry, copies=1 + place % 3) for place, entry in enumerate(all_))
@@ -188,7 +192,7 @@ def test_entries_are_read_back_as_nested_sets() -> None:
 
 
 def test_saved_plans_keep_what_is_recomputed(tmp_path: Path) -> None:
-    _, program, request, plan = gathered_at_rest()
+    program, request, plan = planned()
     space, decisions = adopt(program, request, plan)
     changed = replace(plan, recomputed=entries(space, decisions, 2))
     changed.save(tmp_path / "plan.yaml")
@@ -217,7 +221,7 @@ def wrong_entries(space: Space, entry: RecomputePlan) -> list[tuple[RecomputePla
 
 
 def test_wrong_entries_get_a_sentence() -> None:
-    _, program, request, plan = gathered_at_rest()
+    program, request, plan = planned()
     space, decisions = adopt(program, request, plan)
     known = entries(space, decisions, 3)
     partial = {entry.node for entry in known if entry.layout == "P"}
@@ -249,7 +253,7 @@ def test_the_order_of_sorted_rows_is_kept() -> None:
 
 
 def test_a_block_is_not_asked_for_what_it_does_not_make() -> None:
-    _, program, request, plan = gathered_at_rest()
+    program, request, plan = planned()
     space, decisions = adopt(program, request, plan)
     ref = recomputable(space, decisions, 0)[0][0]
     wrong = replace(decisions, recomputed=(Recomputed(0, 1, frozenset({(ref, Layout(("P",)))})),))
@@ -259,9 +263,6 @@ def test_a_block_is_not_asked_for_what_it_does_not_make() -> None:
 
 
 # ---- real ranks -----------------------------------------------------------------------------------------------------
-
-COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-MEGATRON = {f"*.layers.*.{name}": "column" if name in COLUMN else "row" for name in (*COLUMN, "o_proj", "down_proj")}
 
 
 def train(name: str, pins: dict[str, str] | None, share: int, **model: Any) -> None:
@@ -300,11 +301,22 @@ def counted(recompute: str) -> Counter[str]:
 
 
 def real_ranks() -> None:
-    train("llama", MEGATRON, 1, batch=5)
-    train("gpt2", None, 2, resid_pdrop=0.2, attn_pdrop=0.2)
+    train("gpt2", {"*.c_attn": "column", "*.c_fc": "column", "*.c_proj": "row"}, 1, resid_pdrop=0.2, attn_pdrop=0.2)
     kept, again = counted("none"), counted("weights")
     assert again - kept == {"all_gather_into_tensor": 6}  # of the weights of two products in three blocks: biases are not asked for
 
 
 def test_real_ranks_train_to_the_last_bit() -> None:
     run_ranks(real_ranks, 2)
+
+
+def more_real_ranks() -> None:
+    train("llama", MEGATRON, 1, num_hidden_layers=3)
+    train("llama", None, 2, batch=5)
+    train("gpt2", None, 2, resid_pdrop=0.2, attn_pdrop=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_more_real_ranks_train_to_the_last_bit(ranks: int) -> None:
+    run_ranks(more_real_ranks, ranks)
