@@ -49,6 +49,7 @@ def plan(
     outputs: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     compiled: bool = False,
+    overlap: bool = False,
 ) -> Plan:
     """Decide how to split `model` over `mesh`, and say what that costs. Needs no GPU, no process group and no real weights.
 
@@ -71,6 +72,8 @@ def plan(
             axis, are understood too.
         optimizer: what is counted for the update and its state: "adamw" (Adam too), "adamw-master" (with float32 copies of 16-bit
             parameters), "adafactor", "momentum" or "sgd".
+        overlap: price gathers of weights and reductions of their gradients, in repeated blocks, as hidden behind compute; the module always
+            runs them so. By default all communication counts as exposed.
         compiled: price operators as `torch.compile` fuses them, not one kernel each as eager PyTorch runs them.
 
     Raises:
@@ -85,7 +88,7 @@ def plan(
             raise AutotpError("inputs and outputs name axes of a mesh, which gpus leaves open: give a mesh in place of gpus")
         memory = USABLE * priced.accelerator.memory_bytes if memory is None else memory
     axes = {"tp": 1} if mesh is None else parse_mesh(mesh)
-    request = Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled, optimizer=optimizer)
+    request = Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled, overlap=overlap, optimizer=optimizer)
     program = trace(model, args, kwargs)
     search = MeshSearch(Traced(program, None, None), request, priced, type(model).__name__, by_batch=gpus is not None)
     if gpus is not None:
@@ -111,6 +114,7 @@ def parallelize(
     outputs: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     compiled: bool = False,
+    overlap: bool = False,
     check: bool | None = None,
 ) -> ParallelModule:
     """The same model, running in parallel on all ranks of `mesh`. Every rank calls this with the same model and arguments.
@@ -127,7 +131,7 @@ def parallelize(
         plan: a `Plan`, or a file that one was saved to; by default a new one. Its mode counts, and cluster, memory and pins
             cannot be given beside it.
         cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
-        args, kwargs, mode, memory, pins, inputs, outputs, optimizer, compiled: as for `plan`; the module itself is never compiled here.
+        args, kwargs, mode, memory, pins, inputs, outputs, optimizer, compiled, overlap: as for `plan`; the module is never compiled here.
         check: run the model once and compare outputs and gradients with its trace, on rank 0, before anything else. By default
             where that takes seconds: real weights on one device, at most 300 million parameters; True: at any size; False: never.
 
@@ -143,7 +147,7 @@ def parallelize(
     device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
     device = torch.device(device_mesh.device_type)
     axes, mode = parse_mesh(device_mesh), given.mode if given else mode
-    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled, optimizer=optimizer))
+    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled, overlap=overlap, optimizer=optimizer))
     program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
     gradient = request.mode == "train"
     share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check)) if is_first() else None)

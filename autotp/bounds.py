@@ -3,8 +3,9 @@
 What a plan costs is a sum over its choices, its links (the conversions of one tensor) and its buckets. Moving amounts between these
 leaves every plan's sum as it was (block-coordinate ascent on the dual of the linear relaxation; Kolmogorov 2015, "A new look at
 reweighted message passing for probabilistic energy minimization"). The least of each part then adds up to a bound that no plan beats;
-with one strategy held fixed it bounds the plans that use it. A memory limit enters as a price per byte (a Lagrange multiplier), for
-any value of which the bounds hold.
+with one strategy held fixed it bounds the plans that use it. Where compute and conversions run at the same time, a step takes the longer of
+both, hence at least any weighted mean of them: they are priced by such shares. A memory limit enters as a price per byte (a Lagrange
+multiplier), for any value of which the bounds hold.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class _Star:
         ends: the choices that it joins, the producer first.
         at: for each end, the place of each strategy's layout in the rows (producer) or columns (consumers).
         offered: for each end, the places that occur.
+        beside: number of an overlap → the seconds of every pair that may run beside its compute.
     """
 
     seconds: Vector
@@ -54,13 +56,17 @@ class _Star:
     ends: tuple[int, ...]
     at: tuple[Index, ...]
     offered: tuple[Index, ...]
+    beside: tuple[tuple[int, Vector], ...] = ()
 
-    def prices(self, per_byte: float) -> Pair:
+    def prices(self, per_byte: float, shares: Sequence[float]) -> Pair:
         """The price of every pair for those who do not save it, and for those who do."""
+        seconds = self.seconds
+        for overlap, hidden in self.beside:
+            seconds = seconds - (1 - shares[overlap]) * hidden
         if self.bytes is None or self.again is None or not per_byte:
-            return self.seconds, self.seconds
-        saved = self.seconds + numpy.minimum(per_byte * self.bytes, self.again)
-        return (saved, saved) if all(self.saves[1:]) else (self.seconds, saved)
+            return seconds, seconds
+        saved = seconds + numpy.minimum(per_byte * self.bytes, self.again)
+        return (saved, saved) if all(self.saves[1:]) else (seconds, saved)
 
 
 Pair = tuple[Vector, Vector]
@@ -75,11 +81,15 @@ def _stars(problem: Problem, allowed: Sequence[Index]) -> tuple[list[_Star], lis
         starts = range(0, len(link.consumers), SHARERS)
         of_link.append(list(range(len(stars), len(stars) + len(starts))))
         for start in starts:
-            stars.append(_star(allowed, link, saved.get(number), range(start, min(start + SHARERS, len(link.consumers))), len(starts)))
+            beside = tuple((place, one.conversions[number]) for place, one in enumerate(problem.overlaps) if number in one.conversions)
+            chunk = range(start, min(start + SHARERS, len(link.consumers)))
+            stars.append(_star(allowed, link, saved.get(number), chunk, len(starts), beside))
     return stars, of_link
 
 
-def _star(allowed: Sequence[Index], link: Link, saved: Saved | None, chunk: Sequence[int], parts: int) -> _Star:
+def _star(
+    allowed: Sequence[Index], link: Link, saved: Saved | None, chunk: Sequence[int], parts: int, beside: Sequence[tuple[int, Vector]]
+) -> _Star:
     ends = ((link.producer, link.made), *(link.consumers[place] for place in chunk))
     layouts = [numpy.array(of, dtype=numpy.int64)[allowed[choice]] for choice, of in ends]
     rows, columns = numpy.unique(layouts[0]), numpy.unique(numpy.concatenate(layouts[1:]))
@@ -92,7 +102,8 @@ def _star(allowed: Sequence[Index], link: Link, saved: Saved | None, chunk: Sequ
         if 0 in saved.savers:
             size = numpy.where(rows[:, None] == columns[None, :], 0.0, size)
     at = tuple(numpy.searchsorted(rows if end == 0 else columns, one) for end, one in enumerate(layouts))
-    return _Star(seconds, size, again, saves, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at))
+    hidden = tuple((place, one[pairs] / parts) for place, one in beside)
+    return _Star(seconds, size, again, saves, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at), hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +222,11 @@ class Ascent:
                 self.own_saved.setdefault(link.producer, []).append((saved.bytes[made, made], saved.again[made, made]))
         working = zip(memory.working, allowed, strict=True)
         self.least_working = max((min(row[s] for s in some) for row, some in working), default=0.0)
+        self.beside: list[list[tuple[int, Vector]]] = [[] for _ in allowed]
+        for place, overlap in enumerate(problem.overlaps):
+            for choice, one in overlap.compute.items():
+                self.beside[choice].append((place, numpy.array([one[s] for s in allowed[choice]])))
+        self.shares = (0.0,) * len(problem.overlaps)
         self.per_byte = 0.0
         self.barred: dict[int, Mask] = {}
         self.set_prices()
@@ -222,10 +238,20 @@ class Ascent:
         other.set_prices()
         return other
 
+    def beside_at(self, shares: tuple[float, ...]) -> Ascent:
+        """The same parts at other shares: of each overlap, the share of its conversions that is paid for in place of as much compute."""
+        other = copy.copy(self)
+        other.shares = shares
+        other.set_prices()
+        return other
+
     def set_prices(self) -> None:
         """Seconds of choices and conversions, with what their bytes cost."""
-        self.price: list[Pair] = [star.prices(self.per_byte) for star in self.stars]
+        self.price: list[Pair] = [star.prices(self.per_byte, self.shares) for star in self.stars]
         self.own = [seconds + self.per_byte * size for seconds, size in zip(self.seconds, self.bytes, strict=True)]
+        for choice, beside in enumerate(self.beside):
+            for overlap, hidden in beside:
+                self.own[choice] -= self.shares[overlap] * hidden
         for choice, saved in self.own_saved.items():
             self.own[choice] += sum(numpy.minimum(self.per_byte * size, again) for size, again in saved)
         for choice, barred in self.barred.items():

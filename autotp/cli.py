@@ -132,6 +132,9 @@ def plan(
     optimizer: Annotated[
         str, typer.Option(metavar="NAME", help="adamw, adamw-master (float32 copies), adafactor, momentum or sgd.")
     ] = "adamw",
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Let compute hide gathers of weights and reductions of gradients (default none are).")
+    ] = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Price operators as torch.compile fuses them (default eager).")
     ] = False,
@@ -187,7 +190,7 @@ def plan(
         from autotp.solve import OutOfMemoryError
         from autotp.trace import trace
 
-        request = Request(axes, mode, limit, pins, optimizer=optimizer, compiled=compiled)
+        request = Request(axes, mode, limit, pins, optimizer=optimizer, compiled=compiled, overlap=overlap)
         of_each = gpus is not None and batch is None and takes_batch(model)
         batch = gpus if of_each else batch
         step(f"building {model}")

@@ -30,6 +30,9 @@ def scale(
     optimizer: Annotated[
         str, typer.Option(metavar="NAME", help="adamw, adamw-master (float32 copies), adafactor, momentum or sgd.")
     ] = "adamw",
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Let compute hide gathers of weights and reductions of gradients (default none are).")
+    ] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Price operators as torch.compile fuses them (default eager).")] = False,
     time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Of the solver, for each mesh.")] = 60.0,
     output: Annotated[
@@ -73,7 +76,7 @@ def scale(
         from autotp.planning import Request
         from autotp.trace import trace
 
-        request = Request({"tp": 1}, mode, limit, optimizer=optimizer, compiled=compiled)
+        request = Request({"tp": 1}, mode, limit, optimizer=optimizer, compiled=compiled, overlap=overlap)
         if not takes_batch(model):
             raise AutotpError(f"{model} takes no argument `batch`, by which a study scales the work: add it to the callable")
 

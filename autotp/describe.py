@@ -12,12 +12,13 @@ from autotp import kpi
 from autotp.formulate import Border, Formulation, outgoing_tensors
 from autotp.formulate_memory import home_of, state_bytes
 from autotp.layouts import COLLECTIVES, Layout, Move
+from autotp.overlap import hidden_seconds
 from autotp.plans import ConversionPlan, MemoryUse, NodePlan, Plan, RecomputePlan, Solver, Time, code_of
 from autotp.price.again import Again, again
 from autotp.price.compute import peak_flops
 from autotp.price.conversion import ConversionPrices
 from autotp.price.flops import model_flops
-from autotp.price.work import node_seconds, update_seconds
+from autotp.price.work import Seconds, node_seconds, update_seconds
 from autotp.program import Program, Ref
 from autotp.recompute import Recomputation
 from autotp.solve import Solution
@@ -116,6 +117,7 @@ def describe(
     buckets: set[tuple[int, int, tuple[int, ...]]] = set()
     folded: dict[tuple[int, int, Layout], list[Conversion]] = {}
     seconds: dict[tuple[int, int, Layout], float] = defaultdict(float)
+    exchanges: list[tuple[Ref, float, float]] = []
     for conversion in found:
         key = (space.folding.representative[conversion.ref.node], conversion.ref.output, conversion.target)
         folded.setdefault(key, []).append(conversion)
@@ -127,6 +129,9 @@ def describe(
             communication += 0.0 if bucket in buckets else start
         communication += price
         seconds[key] += price
+        if program.nodes[conversion.ref.node].kind == "parameter":
+            forward = min(prices.forward_seconds(conversion.path, program.type_of(conversion.ref)), price)
+            exchanges.append((conversion.ref, forward, price - forward))
         for move in (move for move in conversion.path if not prices.is_idle(move)):
             for way, traffic in zip(("forward", "backward"), prices.traffic(move, program.type_of(conversion.ref)), strict=True):
                 merged = bucket is not None and bucket in buckets
@@ -135,7 +140,10 @@ def describe(
         if bucket is not None:
             buckets.add(bucket)
     recomputed, extra = _recomputed(space, prices, chosen, found, recomputation or Recomputation(), counts["backward"])
-    time = Time(compute + extra.compute + communication + extra.communication, compute + extra.compute, communication + extra.communication)
+    own = {node: _node_seconds(space, prices, node, chosen[node]) for node in members} if prices.overlap else {}
+    hidden = hidden_seconds(space, own, exchanges) if prices.overlap else 0.0
+    step = compute + extra.compute + communication + extra.communication - hidden
+    time = Time(step, compute + extra.compute, communication + extra.communication, hidden)
     names = list(axes)
     first = next((n.outputs[0] for n in program.nodes if n.kind == "input"), None)
     inputs = first.hint if first else ()
@@ -235,7 +243,7 @@ def _kpi(
         by_peak[peak] = by_peak.get(peak, 0.0) + flops
     return {
         "communication_to_computation": kpi.communication_to_computation(time.communication_s, time.compute_s),
-        "exposed_communication_s": kpi.exposed_communication_s(time.communication_s),
+        "exposed_communication_s": kpi.exposed_communication_s(time.communication_s, time.hidden_s),
         "shard_efficiency": kpi.shard_efficiency(*work, ranks),
         "model_flops_utilisation": kpi.model_flops_utilisation(by_peak, time.step_s, ranks),
         "memory_fraction": kpi.memory_fraction(held, cluster.accelerator.memory_bytes),
@@ -289,13 +297,17 @@ def _compute(space: Space, prices: ConversionPrices, chosen: Mapping[int, Strate
     return total, whole, replicated
 
 
-def _node_time(space: Space, prices: ConversionPrices, index: int, strategy: Strategy) -> float:
+def _node_seconds(space: Space, prices: ConversionPrices, index: int, strategy: Strategy) -> Seconds:
     node = space.program.nodes[index]
     if node.kind == "op":
-        return node_seconds(space.program, node, space.rules[index], strategy, prices).total
+        return node_seconds(space.program, node, space.rules[index], strategy, prices)
     if node.kind == "parameter" and prices.train and node.outputs[0].requires_grad:
-        return update_seconds(prices, node.outputs[0], strategy.outputs[0])
-    return 0.0
+        return Seconds(0.0, update_seconds(prices, node.outputs[0], strategy.outputs[0]))
+    return Seconds(0.0, 0.0)
+
+
+def _node_time(space: Space, prices: ConversionPrices, index: int, strategy: Strategy) -> float:
+    return _node_seconds(space, prices, index, strategy).total
 
 
 def _node_plan(space: Space, prices: ConversionPrices, index: int, strategy: Strategy) -> NodePlan:

@@ -10,6 +10,7 @@ import numpy
 
 from autotp.formulate_memory import Tensor, home_of, memory_of
 from autotp.layouts import Layout, uniform
+from autotp.overlap import overlaps
 from autotp.price.conversion import ConversionPrices
 from autotp.price.work import Seconds, node_seconds, update_seconds
 from autotp.problem import Bucket, Choice, Link, Matrix, Problem
@@ -89,7 +90,8 @@ def formulate(
         tensors.append(tensor)
     buckets = _buckets(space, prices, links, tensors)
     memory = memory_of(space, prices, strategies, nodes, links, tensors, times)
-    problem = Problem(tuple(choices), tuple(links), buckets, memory, limit)
+    beside = overlaps(space, prices, nodes, links, tensors, times) if prices.overlap else ()
+    problem = Problem(tuple(choices), tuple(links), buckets, memory, limit, beside)
     return Formulation(problem, tuple(nodes), tuple(tensors))
 
 

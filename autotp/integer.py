@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy
 import pulp
 
-from autotp.problem import Problem, Saved
+from autotp.problem import Overlap, Problem, Saved
 
 MICROSECONDS = 1e6
 """The objective is scaled so that solver tolerances are far below any price."""
@@ -75,6 +75,11 @@ def integer_program(problem: Problem, minimise_memory: bool) -> tuple[pulp.LpPro
         paid = _any(program, f"b{number}", [used[member] for member in bucket.members if member in used])
         if not isinstance(paid, int):
             costs.append((paid, bucket.seconds * MICROSECONDS))
+    for number, overlap in enumerate(problem.overlaps):
+        hidden = pulp.LpVariable(f"h{number}", 0)
+        costs.append((hidden, -1.0))
+        for side in _sides(overlap, strategies, used):
+            program.addConstraint(hidden <= side)
     if problem.limit is not None or minimise_memory:
         total = _memory(program, problem, strategies)
         for saved in problem.memory.saved:
@@ -84,13 +89,39 @@ def integer_program(problem: Problem, minimise_memory: bool) -> tuple[pulp.LpPro
             return program, strategies
         assert problem.limit is not None
         program.addConstraint(total / 1e6 <= problem.limit / 1e6)
-    program.setObjective(pulp.LpAffineExpression(costs))
+    program.setObjective(_total(costs))
     return program, strategies
+
+
+def _total(costs: Sequence[tuple[pulp.LpVariable, float]]) -> pulp.LpAffineExpression:
+    """What all cost; a variable may have several prices, as a conversion that is alone in its bucket has."""
+    total: dict[pulp.LpVariable, float] = {}
+    for variable, price in costs:
+        total[variable] = total.get(variable, 0.0) + price
+    return pulp.LpAffineExpression(total)
 
 
 def _sum(terms: Sequence[Term]) -> pulp.LpAffineExpression:
     constant = sum(term for term in terms if isinstance(term, int))
     return pulp.LpAffineExpression([(term, 1) for term in terms if not isinstance(term, int)], constant)
+
+
+def _sides(
+    overlap: Overlap, strategies: Sequence[Mapping[int, Term]], used: Mapping[tuple[int, int, int], Term]
+) -> tuple[pulp.LpAffineExpression, pulp.LpAffineExpression]:
+    """Microseconds of compute, and of conversions, that may run at the same time."""
+    compute = [(variable, seconds[s]) for choice, seconds in overlap.compute.items() for s, variable in strategies[choice].items()]
+    moved = [
+        (term, float(overlap.conversions[link][source, target]))
+        for (link, source, target), term in used.items()
+        if link in overlap.conversions
+    ]
+    return _weighted(compute), _weighted(moved)
+
+
+def _weighted(terms: Sequence[tuple[Term, float]]) -> pulp.LpAffineExpression:
+    constant = sum(term * seconds for term, seconds in terms if isinstance(term, int)) * MICROSECONDS
+    return _total([(term, seconds * MICROSECONDS) for term, seconds in terms if not isinstance(term, int)]) + constant
 
 
 def _any(program: pulp.LpProblem, name: str, terms: Sequence[Term]) -> Term:

@@ -45,6 +45,8 @@ class Request:
     """Price operators as `torch.compile` fuses them; else each is a kernel of its own, as in eager PyTorch."""
     rest: Mapping[str, Layout] | None = None
     """Parameter or buffer → the layout in which it rests, as another plan of the same model has it; the others are free."""
+    overlap: bool = False
+    """Count gathers of weights and reductions of gradients as hidden by compute; the module always runs them so."""
     optimizer: str = "adamw"
     """The optimizer whose state and update are counted in training: a name of `price.memory.OPTIMIZERS`."""
 
@@ -111,7 +113,8 @@ def pose(program: Program, request: Request, cluster: Cluster) -> Posed:
         request = replace(request, inputs={**inputs, **(request.inputs or {})}, outputs={**outputs, **(request.outputs or {})})
     space, border = prepare(program, request)
     prices = ConversionPrices(
-        cluster, request.mesh, request.mode == "train", traced_sizes(program), request.compiled, OPTIMIZERS[request.optimizer]
+        cluster, request.mesh, request.mode == "train", traced_sizes(program), request.compiled, OPTIMIZERS[request.optimizer],
+        request.overlap and not request.compiled,  # a compiler orders collectives itself
     )
     allowed = apply_pins(space, dict(request.pins or {}))
     if request.data is not None:

@@ -124,11 +124,15 @@ class RecomputePlan:
 
 @dataclass(frozen=True)
 class Time:
-    """Predicted seconds per step: forward, backward and (in training) the parameter update."""
+    """Predicted seconds per step: forward, backward and (in training) the parameter update.
+
+    `hidden_s` of the communication run beside compute (0 unless overlap was asked for): a step takes compute + communication - hidden.
+    """
 
     step_s: float
     compute_s: float
     communication_s: float
+    hidden_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from itertools import count
 import numpy
 
 from autotp.bounds import TIE, Ascent, Index, Mask, State, Vector
-from autotp.problem import Matrix, Problem, bytes_of, fits, seconds_of, versions_of
+from autotp.problem import Matrix, Problem, bytes_of, conversions_of, fits, seconds_of, sides_of, versions_of
 
 SWEEPS = 4
 """Sweeps there and back over the choices between two looks at the bound."""
@@ -23,6 +23,8 @@ DEAREST = 1e-3
 """Seconds per byte at which nothing counts but bytes."""
 PRICES = 10
 """How many prices per byte are tried at most between two decisions."""
+SHARES = 8
+"""How often the shares of overlaps are halved."""
 PROGRESS = 0.02
 """The part of the distance between bound and plan that a look, or another price, must gain for it to go on."""
 
@@ -126,6 +128,7 @@ class _Search:
     seconds: float = numpy.inf
     bound: float = 0.0
     lines: dict[tuple[int, ...], _Line] = field(default_factory=dict)
+    last: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.allowed = [numpy.array(choice.allowed, dtype=numpy.int64) for choice in self.problem.choices]
@@ -142,6 +145,7 @@ class _Search:
             if least > most(self.problem):
                 self.bound = least
                 return
+        self.balance(root)
         self.tune(root)
         self.branch(root)
         self.drop(root)
@@ -176,6 +180,7 @@ class _Search:
         order = range(len(self.allowed))
         for one in (order, order[::-1]):
             chosen = tuple(int(some[place]) for some, place in zip(self.allowed, ascent.plan(state, one), strict=True))
+            self.last = chosen
             if chosen in self.lines:
                 continue
             self.lines[chosen] = self.line(chosen)
@@ -213,6 +218,29 @@ class _Search:
                 too_dear = price
             if abs(price - before) < 1e-3 * price:
                 return
+
+    def balance(self, node: _Node) -> None:
+        """Raise a node's bound by the shares of overlaps: halving between those at which plans convert too much, and too little."""
+        count = len(self.problem.overlaps)
+        low, high = [0.0] * count, [1.0] * count
+        ascent, state = node.ascent, node.state
+        for _ in range(SHARES):
+            if not self.last or self.closed(node.bound) or self.over():
+                return
+            used = conversions_of(self.problem, self.last)
+            sides = [sides_of(overlap, self.last, used) for overlap in self.problem.overlaps]
+            for place, (compute, moved) in enumerate(sides):
+                if moved > compute:
+                    low[place] = ascent.shares[place]
+                else:
+                    high[place] = ascent.shares[place]
+            shares = tuple((least + most) / 2 for least, most in zip(low, high, strict=True))
+            if shares == ascent.shares:
+                return
+            ascent, state = ascent.beside_at(shares), state.copy()
+            found = self.climb(ascent, state)
+            if found > node.bound:
+                node.bound, node.ascent, node.state = found, ascent, state
 
     def dearest(self, node: _Node) -> tuple[float, float]:
         """The price per byte at which the cheapest of the plans known costs most, and that cost."""

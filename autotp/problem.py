@@ -71,6 +71,20 @@ class Memory:
     working: tuple[tuple[float, ...], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """What may run at the same time: compute, and conversions beside it. The shorter of the two is hidden.
+
+    Attributes:
+        compute: choice → the seconds of each of its strategies that count here.
+        conversions: link → the seconds [a, b] of its conversions that count here, no more than they cost.
+    """
+
+    name: str
+    compute: dict[int, tuple[float, ...]]
+    conversions: dict[int, Matrix]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Choose one strategy per node so that the total time is least and memory stays within `limit` bytes (None: no limit).
@@ -83,6 +97,7 @@ class Problem:
     buckets: tuple[Bucket, ...]
     memory: Memory
     limit: float | None
+    overlaps: tuple[Overlap, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,14 @@ def seconds_of(problem: Problem, chosen: Sequence[int]) -> float:
     used = conversions_of(problem, chosen)
     total += sum(float(problem.links[link].seconds[source, target]) for link, source, target in used)
     total += sum(bucket.seconds for bucket in problem.buckets if any(member in used for member in bucket.members))
+    total -= sum(min(sides_of(overlap, chosen, used)) for overlap in problem.overlaps)
     return total + sum(share * version.again for version, share in made_again(problem, chosen))
+
+
+def sides_of(overlap: Overlap, chosen: Sequence[int], used: set[tuple[int, int, int]]) -> tuple[float, float]:
+    """Seconds of compute, and of conversions, that may run at the same time."""
+    compute = sum(seconds[chosen[choice]] for choice, seconds in overlap.compute.items())
+    return compute, sum(float(overlap.conversions[link][source, target]) for link, source, target in used if link in overlap.conversions)
 
 
 def bytes_of(problem: Problem, chosen: Sequence[int]) -> float:

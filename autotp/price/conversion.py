@@ -67,6 +67,7 @@ class ConversionPrices:
     symbols: Mapping[Size, int]
     compiled: bool = False
     optimizer: Optimizer = OPTIMIZERS["adamw"]
+    overlap: bool = False
     places: Places = field(default_factory=dict)
     _tables: dict[tuple[TensorType, tuple[tuple[Cut, ...], ...]], PathTable] = field(default_factory=dict)
     _hints: dict[Layout, Layout] = field(default_factory=dict)
