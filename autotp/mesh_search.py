@@ -116,12 +116,15 @@ class MeshSearch:
         """Bytes per device that some plan on a mesh keeps to, be it slow: near the least, and found in seconds."""
         return least_peak(self.traced.program, self.asked(mesh, self.request.memory), self.cluster, time_limit=self.time_limit)
 
-    def candidates(self, meshes: Sequence[Mapping[str, int]], found: Iterable[Candidate] = ()) -> list[Candidate]:
+    def candidates(
+        self, meshes: Sequence[Mapping[str, int]], found: Iterable[Candidate] = (), below: float = inf
+    ) -> list[Candidate]:
         """Every mesh: planned, or with the reason why not. Not listed are those left out because of what others need or take.
 
         Args:
             meshes: the most promising first.
             found: of other meshes of the same search, with which these compete.
+            below: meshes that take so many seconds without a memory limit, or more, are not solved within it.
         """
         done: list[Candidate] = []
         best = fastest(found)
@@ -143,6 +146,9 @@ class MeshSearch:
         for number, (bound, mesh) in enumerate(sorted(large, key=lambda item: item[0]), start=1):
             if any((other.least_bytes or 0.0) > HOPELESS * self.limit and other.gpus >= prod(mesh.values()) for other in done):
                 continue
+            if bound >= below:
+                done.append(Candidate(mesh, None, bound_s=bound))
+                continue
             done.append(self.within(mesh, bound, best, done, f" ({number} of {len(large)})"))
             best = min(best, done[-1].step_s)
         return done
@@ -163,21 +169,25 @@ class MeshSearch:
         if least > TOO_MUCH * self.limit:
             return Candidate(mesh, None, least)
         try:
-            return Candidate(mesh, self.plan(mesh, self.request.memory))
+            return Candidate(mesh, self.plan(mesh, self.request.memory), bound_s=bound)
         except OutOfMemoryError as error:
             return Candidate(mesh, None, error.least)
         except OutOfTimeError:
             return Candidate(mesh, None)
 
     def refined(self, found: Sequence[Candidate]) -> list[Candidate]:
-        """The candidates, and the best meshes among them with their axes bound to the cluster's tiers in other ways."""
+        """The candidates, and the best meshes among them with their axes bound to the cluster's tiers in other ways.
+
+        Within a limit that binds, a variant is solved only if it is faster than the best mesh where neither has a limit: the two differ in
+        links alone, so that what a limit costs is much the same.
+        """
         order = [candidate for candidate in ranked(found) if candidate.plan]
         best = fastest(order)
         near = [candidate for candidate in order if candidate.step_s <= NEAR * best][:FINALISTS]
         known = [list(candidate.mesh.items()) for candidate in found]
         shapes = [shape for candidate in near for shape in variants(candidate.mesh, self.cluster)]
         fresh = [shape for place, shape in enumerate(shapes) if list(shape.items()) not in known and shape not in shapes[:place]]
-        return [*found, *self.candidates(fresh, found)]
+        return [*found, *self.candidates(fresh, found, order[0].bound_s or inf)] if order else list(found)
 
     def nearest(self, mesh: Mapping[str, int], least: float) -> tuple[Mapping[str, int] | None, float, list[Mapping[str, int]]]:
         """The smallest larger mesh on which the model fits, bytes per device of a plan there, and the meshes tried in vain.

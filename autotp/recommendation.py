@@ -30,8 +30,8 @@ class Candidate:
         mesh: axis name → size, outermost first: `dp` and `fsdp` split the batch, `cp` and `tp` never do.
         plan: its fastest plan within the memory limit; None if there is none.
         least_bytes: where no plan fits, bytes per device below which none was found to go.
-        bound_s: where no plan was made because none could win: seconds of the fastest plan without a memory limit.
-            With neither, the solver ran out of time.
+        bound_s: seconds of the fastest plan without a memory limit, where that one does not fit. Without a plan beside it, none was made
+            because none was expected to win. With no plan, least_bytes or bound_s the solver ran out of time.
     """
 
     mesh: Mapping[str, int]

@@ -49,7 +49,7 @@ def _candidate_data(candidate: Candidate) -> dict[str, Any]:
         "gpus": candidate.gpus,
         "fits": plan is not None,
         "step_s": plan.time.step_s if plan else None,
-        "step_at_least_s": candidate.bound_s,
+        "step_at_least_s": None if plan else candidate.bound_s,
         "samples_per_s": kpi.get("samples_per_s"),
         "tokens_per_s": kpi.get("tokens_per_s"),
         "memory_bytes": plan.memory.total if plan else candidate.least_bytes,
@@ -109,11 +109,17 @@ def _missing(candidate: Candidate, found: Recommendation) -> list[str]:
     """The cells of a mesh without a plan, from its step time on: what is known, and why there is none."""
     least = candidate.least_bytes
     if candidate.bound_s is not None:
-        return [f"≥ {duration(candidate.bound_s)}", *["–"] * 6, "slower even without a memory limit"]
+        return [f"≥ {duration(candidate.bound_s)}", *["–"] * 6, _slower(candidate, found)]
     if least is None:
         return [*["–"] * 7, "no plan found in time"]
     over = f"does not fit: at least {size(least - found.memory_limit, found.unit)} too much"
     return [*["–"] * 3, f"≥ {size(least, found.unit)}", f"{least / found.device_bytes:.0%}", "–", "–", over]
+
+
+def _slower(candidate: Candidate, found: Recommendation) -> str:
+    """Why a mesh was not solved within the memory limit."""
+    best = found.best.step_s if found.best else 0.0
+    return "slower even without a memory limit" if (candidate.bound_s or 0.0) > best else "another shape of it is faster without a limit"
 
 
 def _share(plan: Plan) -> float:
