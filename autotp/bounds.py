@@ -231,17 +231,14 @@ class Ascent:
         self.barred: dict[int, Mask] = {}
         self.set_prices()
 
-    def at(self, per_byte: float, barred: dict[int, Mask]) -> Ascent:
-        """The same parts at another price per byte, without the strategies barred of some choices."""
-        other = copy.copy(self)
-        other.per_byte, other.barred = per_byte, barred
-        other.set_prices()
-        return other
+    def at(self, per_byte: float, barred: dict[int, Mask], shares: tuple[float, ...]) -> Ascent:
+        """The same parts at another price per byte, without the strategies barred of some choices.
 
-    def beside_at(self, shares: tuple[float, ...]) -> Ascent:
-        """The same parts at other shares: of each overlap, the share of its conversions that is paid for in place of as much compute."""
+        Args:
+            shares: of each overlap, the share of its conversions that is paid for, in place of as large a share of its compute.
+        """
         other = copy.copy(self)
-        other.shares = shares
+        other.per_byte, other.barred, other.shares = per_byte, barred, shares
         other.set_prices()
         return other
 

@@ -127,7 +127,7 @@ def _saved(
             gathered = (forward > 0) & (sizes[None, :] >= sizes[:, None])  # else it is a part of what is there
             folded = home_of(space, tensor.copies[0]) >= 0
             held = len(tensor.copies) if prices.train or not folded else 1  # without backward, one copy's after the other's
-            again = forward if folded and may else numpy.full(gathered.shape, numpy.inf)
+            again = forward if folded and may else _never(gathered.shape)
             found.append(Saved(number, tuple(range(1, len(link.consumers) + 1)), gathered * sizes * held, again))
         elif prices.train and kind == "op" and savers:
             size = numpy.broadcast_to(sizes * len(tensor.copies), link.seconds.shape)
@@ -180,6 +180,10 @@ def _forward(space: Space, prices: ConversionPrices, tensor: Tensor) -> Matrix:
     return table.between(tensor.layouts, forward=True) * len(tensor.copies)
 
 
+def _never(shape: tuple[int, ...]) -> Matrix:
+    return numpy.broadcast_to(numpy.inf, shape)
+
+
 def _again(
     space: Space,
     prices: ConversionPrices,
@@ -196,7 +200,7 @@ def _again(
     """
     count = len(tensor.layouts)
     if prices.compiled or not all(_stays_inside(space, ref) for ref in tensor.copies):
-        return numpy.full((count, count), numpy.inf)
+        return _never((count, count))
     node = space.program.nodes[tensor.ref.node]
     before = sum(chain.get(ref, 0.0) for ref in node.inputs)
     operator = numpy.full(count, numpy.inf)

@@ -227,7 +227,8 @@ def length(ranges: Iterable[Range]) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def local_size(split: Split, mesh: Sequence[int], coordinate: Coordinate) -> int:
+@cache
+def local_size(split: Split, mesh: tuple[int, ...], coordinate: Coordinate) -> int:
     """Number of elements of the split dim that the rank at `coordinate` holds; of sorted rows, if every key has as many."""
     if isinstance(split.cut, SortedCut):
         inner = replace(split, cut=split.cut.cut)
@@ -379,15 +380,15 @@ def same_pieces(a: Layout, b: Layout, mesh: tuple[int, ...]) -> bool:
     """Whether two layouts of one tensor put the same elements on every rank and differ in name only (plain-int cuts)."""
     if a.kinds != b.kinds or [(s.dim, s.axes) for s in a.splits] != [(s.dim, s.axes) for s in b.splits]:
         return False
-    for one, other in zip(a.splits, b.splits, strict=True):
-        if isinstance(one.cut, SortedCut) or isinstance(other.cut, SortedCut):
-            if one.cut != other.cut:
-                return False
-            continue
-        for coordinate in product(*(range(n) if i in one.axes else (0,) for i, n in enumerate(mesh))):
-            if piece(one, mesh, coordinate) != piece(other, mesh, coordinate):
-                return False
-    return True
+    return all(_same_split(one, other, mesh) for one, other in zip(a.splits, b.splits, strict=True))
+
+
+@cache
+def _same_split(one: Split, other: Split, mesh: tuple[int, ...]) -> bool:
+    if isinstance(one.cut, SortedCut) or isinstance(other.cut, SortedCut):
+        return one.cut == other.cut
+    coordinates = product(*(range(n) if i in one.axes else (0,) for i, n in enumerate(mesh)))
+    return all(piece(one, mesh, coordinate) == piece(other, mesh, coordinate) for coordinate in coordinates)
 
 
 def all_layouts(cuts: Sequence[Sequence[Cut]], axes: int, kinds: str) -> list[Layout]:

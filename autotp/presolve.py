@@ -21,9 +21,11 @@ SWEEPS = 4
 """Sweeps there and back over the choices between two looks at the bound."""
 DEAREST = 1e-3
 """Seconds per byte at which nothing counts but bytes."""
+MANY = 0.8
+"""The problem is made smaller before branching if no more than this part of its strategies is left."""
 PRICES = 10
 """How many prices per byte are tried at most between two decisions."""
-SHARES = 8
+TRIES = 8
 """How often the shares of overlaps are halved."""
 PROGRESS = 0.02
 """The part of the distance between bound and plan that a look, or another price, must gain for it to go on."""
@@ -58,8 +60,8 @@ class Presolved:
 def smallest(problem: Problem) -> tuple[int, ...]:
     """A choice with a small peak, near the smallest where no solver can say it: found at a price at which nothing counts but bytes."""
     search = _Search(replace(problem, limit=0.0), 0.0, numpy.inf, 0)
-    ascent = Ascent(search.problem, search.allowed).at(DEAREST, {})
-    search.climb(ascent, ascent.start())
+    parts = Ascent(search.problem, search.allowed)
+    search.climb(parts.at(DEAREST, {}, parts.shares), parts.start())
     return min(search.lines, key=lambda chosen: bytes_of(search.problem, chosen))
 
 
@@ -105,13 +107,10 @@ class _Node:
     """A part of the search: some strategies barred, some buckets decided; its bound, and the prices and moved amounts that prove it."""
 
     bound: float
-    ascent: Ascent
+    per_byte: float
+    barred: dict[int, Mask]
     state: State
-
-    def has(self, chosen: tuple[int, ...]) -> bool:
-        """Whether a plan belongs to this part."""
-        places = self.ascent.places
-        return not any(barred[places[choice][chosen[choice]]] for choice, barred in self.ascent.barred.items())
+    shares: tuple[float, ...]
 
 
 @dataclass
@@ -124,6 +123,7 @@ class _Search:
     branches: int
     allowed: list[Index] = field(init=False)
     kept: list[Index] = field(init=False)
+    parts: Ascent = field(init=False)
     chosen: tuple[int, ...] | None = None
     seconds: float = numpy.inf
     bound: float = 0.0
@@ -136,19 +136,34 @@ class _Search:
 
     def run(self) -> None:
         """Find bound and plan, and leave out what cannot win."""
-        ascent = Ascent(self.problem, self.allowed)
-        root = _Node(0.0, ascent, ascent.start())
-        root.bound = self.climb(root.ascent, root.state)
+        self.parts = Ascent(self.problem, self.allowed)
+        root = _Node(0.0, 0.0, {}, self.parts.start(), self.parts.shares)
+        root.bound = self.climb(self.parts, root.state)
         if self.problem.limit is not None and self.chosen is None:  # can it be kept?
-            dear = ascent.at(DEAREST, {})
+            dear = self.parts.at(DEAREST, {}, root.shares)
             least = self.climb(dear, dear.start())
             if least > most(self.problem):
                 self.bound = least
                 return
         self.balance(root)
         self.tune(root)
+        self.bound = root.bound
+        if self.drop(root) and not self.closed(root.bound):
+            self.allowed = list(self.kept)
+            self.parts = Ascent(self.problem, self.allowed)
+            root.state = self.parts.start()
+            root.bound = max(root.bound, self.climb(self.at(root), root.state))
+            self.tune(root)
         self.branch(root)
         self.drop(root)
+
+    def at(self, node: _Node) -> Ascent:
+        """The parts of the problem as a node has them."""
+        return self.parts.at(node.per_byte, node.barred, node.shares)
+
+    def has(self, node: _Node, chosen: tuple[int, ...]) -> bool:
+        """Whether a plan belongs to a node."""
+        return not any(barred[self.parts.places[choice].get(chosen[choice], 0)] for choice, barred in node.barred.items())
 
     def closed(self, bound: float) -> bool:
         """Whether plans above this bound need no more search."""
@@ -200,7 +215,7 @@ class _Search:
         """Raise a node's bound by the price per byte: the next one to try is where the plans known cost most (Kelley 1960)."""
         if self.problem.limit is None:
             return
-        too_dear = numpy.inf
+        tried, too_dear = [node.per_byte], numpy.inf
         for _ in range(PRICES):
             if self.closed(node.bound) or self.over():
                 return
@@ -208,52 +223,48 @@ class _Search:
             if top - node.bound <= self.worth(node.bound):
                 return
             if price >= too_dear:  # the plans known do not tell that: no plan made so far is as small as the bounds allow
-                price = (node.ascent.per_byte * too_dear) ** 0.5 or too_dear / 8
-            ascent, state = node.ascent.at(price, node.ascent.barred), node.state.copy()
-            before = node.ascent.per_byte
-            found = self.climb(ascent, state)
+                price = (node.per_byte * too_dear) ** 0.5 or too_dear / 8
+            if any(abs(price - other) <= 0.02 * price for other in tried):
+                return
+            tried.append(price)
+            before, state = node.per_byte, node.state.copy()
+            found = self.climb(self.parts.at(price, node.barred, node.shares), state)
             if found > node.bound:
-                node.bound, node.ascent, node.state = found, ascent, state
+                node.bound, node.per_byte, node.state = found, price, state
             elif price > before:
                 too_dear = price
-            if abs(price - before) < 1e-3 * price:
-                return
 
     def balance(self, node: _Node) -> None:
         """Raise a node's bound by the shares of overlaps: halving between those at which plans convert too much, and too little."""
-        count = len(self.problem.overlaps)
-        low, high = [0.0] * count, [1.0] * count
-        ascent, state = node.ascent, node.state
-        for _ in range(SHARES):
+        shares, state = node.shares, node.state
+        low, high = [0.0] * len(shares), [1.0] * len(shares)
+        for _ in range(TRIES):
             if not self.last or self.closed(node.bound) or self.over():
                 return
             used = conversions_of(self.problem, self.last)
-            sides = [sides_of(overlap, self.last, used) for overlap in self.problem.overlaps]
-            for place, (compute, moved) in enumerate(sides):
-                if moved > compute:
-                    low[place] = ascent.shares[place]
-                else:
-                    high[place] = ascent.shares[place]
-            shares = tuple((least + most) / 2 for least, most in zip(low, high, strict=True))
-            if shares == ascent.shares:
+            for place, overlap in enumerate(self.problem.overlaps):
+                compute, moved = sides_of(overlap, self.last, used)
+                (low if moved > compute else high)[place] = shares[place]
+            halved = tuple((least + most) / 2 for least, most in zip(low, high, strict=True))
+            if halved == shares:
                 return
-            ascent, state = ascent.beside_at(shares), state.copy()
-            found = self.climb(ascent, state)
+            shares, state = halved, state.copy()
+            found = self.climb(self.parts.at(node.per_byte, node.barred, shares), state)
             if found > node.bound:
-                node.bound, node.ascent, node.state = found, ascent, state
+                node.bound, node.shares, node.state = found, shares, state
 
     def dearest(self, node: _Node) -> tuple[float, float]:
         """The price per byte at which the cheapest of the plans known costs most, and that cost."""
-        lines = [line for line in self.lines.values() if node.has(line.chosen)]
+        lines = [line for line in self.lines.values() if self.has(node, line.chosen)]
         if not lines:
-            return node.ascent.per_byte, node.bound
+            return node.per_byte, node.bound
 
         def cheapest(price: float) -> tuple[float, _Line]:
             return min(((line.at(price), line) for line in lines), key=lambda pair: pair[0])
 
-        low, high = 0.0, node.ascent.per_byte or self.first_price()
+        low, high = 0.0, node.per_byte or self.first_price()
         while cheapest(high)[1].slope(high) > 0:
-            if high >= 8 * node.ascent.per_byte + self.first_price():  # so far no plan is small enough
+            if high >= 8 * node.per_byte + self.first_price():  # so far no plan is small enough
                 return high, numpy.inf
             low, high = high, 4 * high
         for _ in range(40):
@@ -266,14 +277,16 @@ class _Search:
         spread = sum(max(choice.seconds) - min(choice.seconds) for choice in self.problem.choices)
         return max(self.bound + spread, 1e-9) / max(self.problem.limit or 0.0, 1.0)
 
-    def drop(self, node: _Node) -> None:
-        """Leave out the strategies whose bound exceeds the plan found."""
+    def drop(self, node: _Node) -> bool:
+        """Leave out the strategies whose bound exceeds the plan found; whether these are many."""
         if self.chosen is None:
-            return
-        bounds_of = node.ascent.bounds(node.state.copy(), node.ascent.bound(node.state))
+            return False
+        ascent = self.at(node)
+        bounds_of = ascent.bounds(node.state.copy(), ascent.bound(node.state))
         for choice, (strategies, bounds) in enumerate(zip(self.allowed, bounds_of, strict=True)):
             keep = (bounds <= self.seconds * (1 + 1e-9)) | (strategies == self.chosen[choice])
             self.kept[choice] = strategies[keep]
+        return sum(map(len, self.kept)) < MANY * sum(map(len, self.allowed))
 
     def branch(self, root: _Node) -> None:
         """Decide what the bound knows least of, always in the node with the lowest bound."""
@@ -288,28 +301,26 @@ class _Search:
             if not children:
                 return
             for child in children:
-                child.bound = max(bound, self.climb(child.ascent, child.state))
+                child.bound = max(bound, self.climb(self.at(child), child.state))
                 self.tune(child)
                 heapq.heappush(heap, (child.bound, next(numbers), child))
 
     def children(self, node: _Node) -> list[_Node]:
         """The node with a bucket paid or not, or with a choice held to few or to many bytes; none if nothing is worth it."""
-        ascent, state = node.ascent, node.state
-        missing, bucket = self.undecided_bucket(ascent, state)
-        spread, choice, few = self.undecided_bytes(node)
+        ascent = self.at(node)
+        missing, bucket = self.undecided_bucket(ascent, node.state)
+        spread, choice, few = self.undecided_bytes(node, ascent)
         if max(missing, spread) < 1e-3 * self.gap * abs(node.bound):
             return []
         if missing >= spread:
             found = []
             for due in (True, False):
-                start = state.copy()
+                start = node.state.copy()
                 start.due[bucket], start.paid[bucket] = due, [0.0] * len(start.paid[bucket])
-                found.append(_Node(node.bound, ascent, start))
+                found.append(replace(node, state=start))
             return found
-        barred = ascent.barred.get(choice, numpy.zeros(len(few), dtype=bool))
-        return [
-            _Node(node.bound, ascent.at(ascent.per_byte, {**ascent.barred, choice: barred | mask}), state.copy()) for mask in (few, ~few)
-        ]
+        barred = node.barred.get(choice, numpy.zeros(len(few), dtype=bool))
+        return [replace(node, barred={**node.barred, choice: barred | mask}, state=node.state.copy()) for mask in (few, ~few)]
 
     def undecided_bucket(self, ascent: Ascent, state: State) -> tuple[float, int]:
         """The bucket with the largest part of its price that no member pays; that part and its number."""
@@ -320,16 +331,15 @@ class _Search:
         ]
         return max(open_, default=(0.0, -1))
 
-    def undecided_bytes(self, node: _Node) -> tuple[float, int, Mask]:
+    def undecided_bytes(self, node: _Node, ascent: Ascent) -> tuple[float, int, Mask]:
         """The choice whose strategies that can still win differ most in bytes: their price, the choice, and which have few."""
-        ascent = node.ascent
         best = (0.0, -1, numpy.zeros(0, dtype=bool))
-        if not ascent.per_byte:
+        if not node.per_byte:
             return best
         for choice, bounds in enumerate(ascent.bounds(node.state.copy(), node.bound)):
             size = ascent.bytes[choice]
             near = size[bounds <= max(self.seconds, float(bounds.min()))]
             low, high = float(near.min()), float(near.max())
-            if ascent.per_byte * (high - low) > best[0]:
-                best = ascent.per_byte * (high - low), choice, size <= (low + high) / 2
+            if node.per_byte * (high - low) > best[0]:
+                best = node.per_byte * (high - low), choice, size <= (low + high) / 2
         return best

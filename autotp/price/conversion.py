@@ -71,6 +71,8 @@ class ConversionPrices:
     places: Places = field(default_factory=dict)
     _tables: dict[tuple[TensorType, tuple[tuple[Cut, ...], ...]], PathTable] = field(default_factory=dict)
     _hints: dict[Layout, Layout] = field(default_factory=dict)
+    _bytes: dict[tuple[TensorType, Layout], int] = field(default_factory=dict)
+    _seconds: dict[Traffic, float] = field(default_factory=dict)
     _accesses: list[tuple[Program, tuple[Access, ...]]] = field(default_factory=list)
 
     def table(self, tensor: TensorType, cuts: Sequence[tuple[Cut, ...]]) -> PathTable:
@@ -82,6 +84,8 @@ class ConversionPrices:
 
     def hint(self, layout: Layout) -> Layout:
         """The layout with every symbolic size replaced by its traced value."""
+        if not self.symbols:
+            return layout
         if layout not in self._hints:
             self._hints[layout] = at_sizes(layout, self.symbols)
         return self._hints[layout]
@@ -116,10 +120,11 @@ class ConversionPrices:
 
     def local_bytes(self, tensor: TensorType, layout: Layout) -> int:
         """Bytes that the first rank, which never has less than another, holds."""
-        total = tensor.dtype.itemsize
-        for size in local_shape(tensor.hint, self.hint(layout), self.mesh, (0,) * len(self.mesh)):
-            total *= size
-        return total
+        found = self._bytes.get((tensor, layout))
+        if found is None:
+            shape = local_shape(tensor.hint, self.hint(layout), self.mesh, (0,) * len(self.mesh))
+            found = self._bytes[tensor, layout] = tensor.dtype.itemsize * prod(shape)
+        return found
 
     def traffic(self, move: Move, tensor: TensorType) -> tuple[Traffic | None, Traffic | None]:
         """What the move does with the value and with the gradient; None where nothing happens."""
@@ -138,10 +143,15 @@ class ConversionPrices:
         """Time of one primitive. Local ones (slice, pad, mask) read and write memory."""
         if traffic is None:
             return 0.0
-        if traffic.primitive in COLLECTIVES:
-            kind = "all_reduce" if traffic.primitive == "all_reduce_max" else traffic.primitive
-            return collective_seconds(self.cluster, kind, traffic.bytes, axis_group(self.mesh, traffic.axis))
-        return memory_seconds(self.cluster, traffic.bytes)
+        found = self._seconds.get(traffic)
+        if found is None:
+            if traffic.primitive in COLLECTIVES:
+                kind = "all_reduce" if traffic.primitive == "all_reduce_max" else traffic.primitive
+                found = collective_seconds(self.cluster, kind, traffic.bytes, axis_group(self.mesh, traffic.axis))
+            else:
+                found = memory_seconds(self.cluster, traffic.bytes)
+            self._seconds[traffic] = found
+        return found
 
     def move_seconds(self, move: Move, tensor: TensorType) -> tuple[float, float]:
         """Time of one move, forward and backward."""
@@ -185,13 +195,34 @@ class PathTable:
                 forward, backward = (0.0, 0.0) if prices.is_idle(move) else prices.move_seconds(move, tensor)
                 self.cost[start, stop], self._forward[start, stop] = forward + backward, forward
                 self._move[start, stop] = move
-        self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count)[None, :], -1)
-        for middle in range(count):
-            detour = self.cost[:, middle, None] + self.cost[None, middle, :]
-            better = detour < self.cost * (1 - 1e-12)
-            self.cost = numpy.where(better, detour, self.cost)
-            self._forward = numpy.where(better, self._forward[:, middle, None] + self._forward[None, middle, :], self._forward)
-            self._next = numpy.where(better, self._next[:, middle, None], self._next)
+        self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count, dtype=numpy.int32)[None, :], numpy.int32(-1))
+        self._relax()
+
+    def _relax(self) -> None:
+        """Shortest paths of ever more moves, from every layout to all at once (Bellman–Ford); of equal ones the one with fewer moves.
+
+        A layout has few moves, and a path few of them: a fraction of the work of Floyd–Warshall.
+        """
+        count = len(self.layouts)
+        moves = [numpy.flatnonzero(row[:count] >= 0) for row in self._next]
+        onward = [(start, numbers[numbers != start]) for start, numbers in enumerate(moves)]
+        steps = [(start, numbers, self.cost[start, numbers], self._forward[start, numbers]) for start, numbers in onward if len(numbers)]
+        changed = numpy.ones(count, dtype=bool)
+        while changed.any():
+            before, before_forward, worth, changed = self.cost.copy(), self._forward.copy(), changed, numpy.zeros(count, dtype=bool)
+            for start, numbers, seconds, forward in steps:
+                if not worth[numbers].any():
+                    continue
+                through = seconds[:, None] + before[numbers]
+                found = through.min(0)
+                better = numpy.flatnonzero(found < before[start] * (1 - 1e-12))
+                if len(better):
+                    found = found[better]
+                    first = (through[:, better] <= found * (1 + 1e-12)).argmax(0)  # of equal ones the first listed
+                    self.cost[start, better] = found
+                    self._forward[start, better] = forward[first] + before_forward[numbers[first], better]
+                    self._next[start, better] = numbers[first]
+                    changed[start] = True
 
     def seconds(self, source: Layout, target: Layout) -> float:
         """Time of the cheapest path; infinite if there is none."""
