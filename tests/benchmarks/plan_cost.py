@@ -1,6 +1,6 @@
 """What planning costs: CPU time against `torch.export` alone, and peak memory, each in cold processes.
 
-    python tests/benchmarks/plan_cost.py [--mesh 8] [MODEL ...]
+    python tests/benchmarks/plan_cost.py [--mesh 8] [--memory 12GiB] [--batch 32] [--local-batch dp] [--cluster dgx-h100] [MODEL ...]
 
 Per model, one process measures time: it imports everything and exports a toy module first, so that no import is counted;
 builds the model and exports it (that is `torch.export` alone), then builds it again and plans it as the command line does.
@@ -24,12 +24,13 @@ RATIOS = {"8b": 2.0, "70b": 1.6, "405b": 1.5}
 GIGABYTES = {"8b": 0.8, "70b": 0.9, "405b": 1.1}
 
 
-def measure(model: str, mesh: str) -> dict[str, float]:
+def measure(options: argparse.Namespace) -> dict[str, float]:
     """CPU seconds of the export alone and of the steps of planning, in this process."""
     import torch
     import transformers  # noqa: F401
 
-    from autotp.cli_common import calm_collector
+    from autotp.batch_axes import batch_border
+    from autotp.cli_common import calm_collector, parse_size
     from autotp.mesh import parse_mesh
     from autotp.models import load_model
     from autotp.planning import Request, make_plan
@@ -38,18 +39,21 @@ def measure(model: str, mesh: str) -> dict[str, float]:
     from autotp.trace import trace
 
     torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), strict=False)
-    alone = load_model(model)
+    model, limit = options.models[0], None if options.memory is None else parse_size(options.memory)
+    alone = load_model(model, batch=options.batch)
     marks = [time.process_time()]
     torch.export.export(alone.model, alone.args, alone.kwargs, strict=False)
     marks.append(time.process_time())
     del alone
     start = time.process_time()
     with calm_collector():
-        loaded = load_model(model)
+        loaded = load_model(model, batch=options.batch)
         build = time.process_time()
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
         traced = time.process_time()
-        plan = make_plan(program, Request(parse_mesh(mesh)), load_cluster("dgx-h100"), loaded.name)
+        inputs, outputs = batch_border(program, options.local_batch.split(",")) if options.local_batch else ({}, {})
+        request = Request(parse_mesh(options.mesh), memory=limit, inputs=inputs, outputs=outputs)
+        plan = make_plan(program, request, load_cluster(options.cluster), loaded.name)
         planned = time.process_time()
         render(plan)
     end = time.process_time()
@@ -60,13 +64,21 @@ def measure(model: str, mesh: str) -> dict[str, float]:
         "plan": planned - traced,
         "print": end - planned,
         "total": end - start,
+        "gap": plan.solver.gap,
     }
 
 
-def peak_bytes(model: str, mesh: str) -> int:
+def flags(options: argparse.Namespace) -> list[str]:
+    """The options of the command line that were given."""
+    given = {"--mesh": options.mesh, "--memory": options.memory, "--batch": options.batch, "--local-batch": options.local_batch}
+    given["--cluster"] = options.cluster
+    return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+
+
+def peak_bytes(model: str, options: argparse.Namespace) -> int:
     """Peak resident memory of a fresh `autotp plan`, of which nothing runs before in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "autotp", "plan", model, "--mesh", mesh, "--output", f"{folder}/plan.txt"]
+        command = [sys.executable, "-m", "autotp", "plan", model, *flags(options), "--output", f"{folder}/plan.txt"]
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
@@ -78,15 +90,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
     parser.add_argument("--mesh", default="8")
+    parser.add_argument("--memory", help="peak bytes allowed per device, e.g. 12GiB")
+    parser.add_argument("--batch", type=int, help="sequences per step")
+    parser.add_argument("--local-batch", help="mesh axes that split the batch of inputs and outputs")
+    parser.add_argument("--cluster", default="dgx-h100")
     parser.add_argument("--measure", action="store_true", help="measure the one model in this process, print JSON")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.models[0], options.mesh)))
+        print(json.dumps(measure(options)))
         return
-    print("| model | export alone | build | trace | plan | print | total | ratio (limit) | peak memory (limit) |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| model | export alone | build | trace | plan | print | total | ratio (limit) | peak memory (limit) | gap |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    limits = options.mesh == "8"
     for model in options.models:
-        command = [sys.executable, __file__, model, "--mesh", options.mesh, "--measure"]
+        command = [sys.executable, __file__, model, *flags(options), "--measure"]
         run = subprocess.run(
             command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
@@ -94,10 +111,10 @@ def main() -> None:
         name = Path(model).parent.name
         size = name.rpartition("-")[2]
         times = " | ".join(f"{found[key]:.2f} s" for key in ("export", "build", "trace", "plan", "print", "total"))
-        ratio = f"{found['total'] / found['export']:.2f}×" + (f" (≤ {RATIOS[size]}×)" if size in RATIOS else "")
-        peak = f"{peak_bytes(model, options.mesh) / 1e9:.2f} GB"
-        peak += f" (≤ {GIGABYTES[size]} GB)" if size in GIGABYTES else ""
-        print(f"| {name} | {times} | {ratio} | {peak} |", flush=True)
+        ratio = f"{found['total'] / found['export']:.2f}×" + (f" (≤ {RATIOS[size]}×)" if limits and size in RATIOS else "")
+        peak = f"{peak_bytes(model, options) / 1e9:.2f} GB"
+        peak += f" (≤ {GIGABYTES[size]} GB)" if limits and size in GIGABYTES else ""
+        print(f"| {name} | {times} | {ratio} | {peak} | {100 * found['gap']:.1g} % |", flush=True)
 
 
 if __name__ == "__main__":
