@@ -76,7 +76,7 @@ def _stars(problem: Problem, allowed: Sequence[Index]) -> tuple[list[_Star], lis
     """The stars of all links, and for each link the numbers of its stars."""
     stars: list[_Star] = []
     of_link: list[list[int]] = []
-    saved = {one.link: one for one in problem.memory.saved}
+    saved = {one.link: one for one in problem.memory.saved} if problem.limit is not None else {}
     for number, link in enumerate(problem.links):
         starts = range(0, len(link.consumers), SHARERS)
         of_link.append(list(range(len(stars), len(stars) + len(starts))))

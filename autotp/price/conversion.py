@@ -186,7 +186,7 @@ class PathTable:
         self.cost = numpy.full((count, count), numpy.inf)
         numpy.fill_diagonal(self.cost, 0.0)
         self._forward = self.cost.copy()
-        self._move: dict[tuple[int, int], Move] = {}
+        self._axis = numpy.zeros((count, count), dtype=numpy.int8)
         for start, layout in enumerate(self.layouts):
             for move in [*moves_from(layout, cuts, gradient), *_maximum_moves(layout)]:
                 stop = self.number.get(move.target)
@@ -194,7 +194,7 @@ class PathTable:
                     continue
                 forward, backward = (0.0, 0.0) if prices.is_idle(move) else prices.move_seconds(move, tensor)
                 self.cost[start, stop], self._forward[start, stop] = forward + backward, forward
-                self._move[start, stop] = move
+                self._axis[start, stop] = move.axis
         self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count, dtype=numpy.int32)[None, :], numpy.int32(-1))
         self._relax()
 
@@ -240,7 +240,7 @@ class PathTable:
         moves = []
         while at != end:
             step = int(self._next[at, end])
-            moves.append(self._move[at, step])
+            moves.append(Move(int(self._axis[at, step]), self.layouts[at], self.layouts[step]))
             at = step
         return tuple(moves)
 
