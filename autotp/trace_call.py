@@ -179,7 +179,8 @@ def is_step(node: fx.Node) -> bool:
 
 def same_body(one: Body, other: Body, functions: FunctionCalls) -> bool:
     """Whether two traced calls have the same nodes, each with its own operands, parameters and buffers."""
-    if (len(one.steps), one.results, one.spec) != (len(other.steps), other.results, other.spec):
+    results = [[(kind, type(value), _torch.expression(value)) for kind, value in body.results] for body in (one, other)]
+    if len(one.steps) != len(other.steps) or results[0] != results[1] or one.spec != other.spec:
         return False
     if list(map(tensor_type, one.made)) != list(map(tensor_type, other.made)) or len(one.owned) != len(other.owned):
         return False

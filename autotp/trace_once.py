@@ -26,15 +26,16 @@ from torch import nn
 
 from autotp import _torch
 from autotp.autograd_functions import FunctionCalls
-from autotp.expand import Cut, mark_body
+from autotp.expand import Cut, Inexact, mark_body
 from autotp.trace_call import Body, Call, Peculiar, all_tensors, is_step, same_body
-from autotp.trace_state import Reads, Unknown, described, watched_reads
+from autotp.trace_state import Reads, Unknown, described, tensor_type, watched_reads
 
 LEAST = 3
 """Blocks of which there are fewer are traced as they are: two are always traced."""
 
 TRIALS = 6
 """How many different blocks of one structure are watched until the structure is given up."""
+
 
 @dataclass
 class Block:
@@ -61,7 +62,10 @@ class Block:
             return False
         if any(held.get(key, ...) != self.attributes.get(key, ...) for key in self.read):
             return False
-        return bool(_globals(self.roots) == self.globals)
+        try:
+            return bool(_globals(self.roots) == self.globals)
+        except Unknown:
+            return False
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ class Repeats:
                 results.append(("plain", leaf))
             elif id(leaf) in given:
                 results.append(("given", given[id(leaf)]))
-            elif call.recording.node(leaf) not in inside or _torch.storage_key(leaf) in keys or type(leaf) is not type(call.tensors[0]):
+            elif call.recording.node(leaf) not in inside or _torch.storage_key(leaf) in keys or leaf.storage_offset() != 0:
                 raise Peculiar
             else:
                 results.append(("made", made.setdefault(id(leaf), (len(made), leaf))[0]))
@@ -233,13 +237,20 @@ class Repeats:
         return _torch.define_operator(self.library, len(self.confirmed), body.made, differentiable=True in grown)
 
     def _repeated(self, candidate: Candidate, call: Call, block: Block) -> Any:
-        """One operator in place of the call's."""
+        """One operator in place of the call's.
+
+        Raises:
+            Inexact: its results are not like those of the block.
+        """
         body = block.body
         assert body is not None
         with _torch.unwatched():
             anchor = [tensor for tensor in call.state() if tensor.requires_grad][:1]  # by which the results require gradients
         made = block.operator([*call.tensors, *anchor], [len(self.calls)])
         self.calls.append((self.operators.index(block.operator), candidate.name))
+        with _torch.unwatched():
+            if list(map(tensor_type, made)) != list(map(tensor_type, body.made)):
+                raise Inexact
         found = {"made": made, "given": call.tensors}
         leaves = [value if kind == "plain" else found[kind][value] for kind, value in body.results]
         return _torch.tree_unflatten(leaves, body.spec)

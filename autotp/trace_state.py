@@ -132,6 +132,10 @@ def _fields(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
 
 
 def _enclosed(function: Any, seen: dict[int, tuple[int, Any]]) -> Any:
+    code = getattr(function, "__code__", None)
+    if code is not None and code.co_filename.startswith(OWN_DIRECTORY):  # what an export has put in the place of another
+        original = getattr(function, "__wrapped__", None)
+        return () if original is None else _enclosed(original, seen)
     cells = getattr(function, "__closure__", None) or ()
     try:
         return tuple([_described(cell.cell_contents, seen) for cell in cells])
@@ -168,7 +172,7 @@ def attributes(module: nn.Module) -> dict[tuple[str, str], Any]:
     found: dict[tuple[str, str], Any] = {}
     for name, part in _torch.plain_modules(module):
         held = vars(part)
-        found[name, "class"] = type(part)
+        found[name, "class"] = described(type(part), seen), type(part)
         for key, value in held.items():
             if key not in TABLES:
                 found[name, key] = described(value, seen)
@@ -223,7 +227,7 @@ class Reads:
                     held = vars(value)
                     found |= {(id(held), other): (held, other) for other in code.co_names if other in held}
         for holder, name in self.attributes:
-            if holder not in inside and name in self.holders[holder] and name not in TABLES:
+            if holder not in inside and name not in TABLES:
                 found[holder, name] = self.holders[holder], name
         return list(found.values())
 

@@ -121,6 +121,21 @@ class ReadsGlobal(Block):
         return super().forward(x) * STATE.calls
 
 
+class ReadsClass(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.counter
+
+
+class Detaches(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class Halves(Block):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).repeat(1, 1, 2)[..., 8:]
+
+
 class Appends(Block):
     def forward(self, x: Tensor) -> Tensor:
         self.log.append(1)
@@ -256,6 +271,12 @@ def written(index: int, x: Tensor) -> Tensor:
     return x
 
 
+def classed(index: int, x: Tensor) -> Tensor:
+    """Changes an attribute of a class."""
+    ReadsClass.counter = max(index - 2, 0)
+    return x
+
+
 def of(kind: type[nn.Module], count: int = DEPTH) -> list[nn.Module]:
     return [kind(index) for index in range(count)]
 
@@ -280,6 +301,7 @@ CUT = {
     "batch norms": (lambda: Stack(of(Normed)), 3),
     "frozen": (lambda: Stack(of(Block)).requires_grad_(False), 3),
     "global changes": (lambda: Stack(of(ReadsGlobal), moving), 2),
+    "class changes": (lambda: Stack(of(ReadsClass), classed), 2),
 }
 """Models of which calls are cut short, and how many."""
 
@@ -298,6 +320,8 @@ WHOLE = {
     "views": lambda: Stack(of(Views)),
     "shared module": lambda: (lambda shared: Stack([Shared(index, shared) for index in range(DEPTH)]))(nn.Linear(8, 8)),
     "tied": lambda: Stack([Block()] * DEPTH),
+    "detached": lambda: Stack(of(Detaches, 6)),
+    "half of a tensor": lambda: Stack(of(Halves)),
     "two blocks": lambda: Stack(of(Block, 2)),
 }
 """Models that are traced whole."""
@@ -306,8 +330,7 @@ WHOLE = {
 def setup_state() -> None:
     global CALLS
     CALLS = STATE.calls = Block.counter = 0
-    for kind in (CountsClass,):
-        kind.counter = 0
+    CountsClass.counter = ReadsClass.counter = 0
 
 
 def both(build: Callable[[], nn.Module]) -> tuple[Program, Program]:
