@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {"transformers"}
+OPTIONAL = {"transformers", "matplotlib"}
 """What the package imports only where it is used, and does not depend on."""
 
 
