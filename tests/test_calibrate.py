@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -402,11 +403,15 @@ def test_cuda_without_a_gpu_is_refused(autotp: Any, tmp_path: Path) -> None:
 def test_interruption_writes_nothing(autotp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def interrupted(*args: Any) -> None:
         os.kill(os.getpid(), number)
-        signal.pause()
+        time.sleep(10)
 
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setattr(calibrate_module, "measure_device", interrupted)
     before = signal.getsignal(signal.SIGTERM)
-    code, out, err = autotp("calibrate", "--output", tmp_path / "mine.yaml", "--device", "cpu")
+    try:
+        code, out, err = autotp("calibrate", "--output", tmp_path / "mine.yaml", "--device", "cpu")
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert (code, out) == (130, "")
     assert err == f"autotp: interrupted: {tmp_path / 'mine.yaml'} was not written\n"
     assert os.listdir(tmp_path) == []
