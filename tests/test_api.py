@@ -273,7 +273,7 @@ def test_inference_has_no_backward() -> None:
     [
         ({"mesh": 0}, "whole sizes of at least 1"),
         ({"mesh": 2.0}, "not understood"),
-        ({"mesh": None}, "not understood"),
+        ({"mesh": None}, "give either mesh"),
         ({"mesh": 2, "memory": "80GB"}, "positive number"),
         ({"mesh": 2, "memory": float("nan")}, "positive number"),
         ({"mesh": 2, "pins": ["a=column"]}, "write a dict"),

@@ -35,6 +35,8 @@ PARAMETERS = {
     "opt-1.3b": 1.32e9,
     "bert-base": 110e6,
     "mixtral-8x7b": 46.7e9,
+    "deepseek-v3": 671.0e9,
+    "llama-1t": 996.4e9,
 }
 TINY: dict[str, dict[str, Any]] = {
     "llama": {

@@ -67,9 +67,9 @@ def test_zero_3() -> None:
     The MLPs' first, in all four layers, then attention's, in as many as need be: copies of a block may differ. What is cheap to make,
     norms and activation functions, is made again before.
     """
-    layers, limit = 4, 10e9
+    layers, limit = 4, 14.8e9
     sizes = {"width": 8192, "heads": 64, "groups": 64, "inner": 22016, "vocabulary": 32000}
-    asked = decoder(layers, **sizes), tokens(8, 4096), {"dp": 8}, "dgx-h100"
+    asked = decoder(layers, **sizes), tokens(16, 4096), {"dp": 8}, "dgx-h100"
     free, found = search(*asked), search(*asked, memory=limit)
     assert found.plan.memory.total <= limit < 0.6 * free.plan.memory.total
     everything_by_batch(found)
