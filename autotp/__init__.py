@@ -4,6 +4,7 @@
     parallelize(model, args)            the model, sharded, as a trainable `nn.Module`
     parallelize_generation(model)       a decoder, sharded with its key/value cache, that generates text
     recommend(model, args, gpus=8)      which mesh to use, or how many devices to rent
+    save(path, module, optimizer)       a checkpoint; load(path, module, optimizer) puts it back on any mesh
 """
 
 from importlib import import_module
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from autotp.recommendation import Candidate, Recommendation
     from autotp.rules import Call, Rule, bind, rule, rule_for
     from autotp.rules.language import Local, LocalSize, LocalStart
+    from autotp.runtime.checkpoint import load, save
+    from autotp.runtime.checkpoint_files import latest
     from autotp.runtime.module import ParallelModule
 
 _HOMES = {
@@ -38,6 +41,8 @@ _HOMES = {
     "Recommendation": "autotp.recommendation",
     "Rule": "autotp.rules",
     "bind": "autotp.rules",
+    "latest": "autotp.runtime.checkpoint_files",
+    "load": "autotp.runtime.checkpoint",
     "load_cluster": "autotp.price.cluster",
     "parallelize": "autotp.api",
     "parallelize_generation": "autotp.generation",
@@ -47,6 +52,7 @@ _HOMES = {
     "recommend": "autotp.advice",
     "rule": "autotp.rules",
     "rule_for": "autotp.rules",
+    "save": "autotp.runtime.checkpoint",
 }
 
 __all__ = [
@@ -65,6 +71,8 @@ __all__ = [
     "Recommendation",
     "Rule",
     "bind",
+    "latest",
+    "load",
     "load_cluster",
     "parallelize",
     "parallelize_generation",
@@ -74,6 +82,7 @@ __all__ = [
     "recommend",
     "rule",
     "rule_for",
+    "save",
 ]
 
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from autotp._torch import dtensor_wrapper, local_of
 from autotp.errors import AutotpError
 from autotp.layouts import Coordinate, Layout, Range, Split, inner_pieces, length, local_shape, piece
+from autotp.runtime.chunks import described
 from autotp.sharded import StateSpec
 
 
@@ -98,8 +99,9 @@ class Container(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._shown: dict[str, tuple[StateSpec, DeviceMesh]] = {}
-        module: Any = self  # the method has no annotations
+        module: Any = self  # the methods have no annotations
         module.register_load_state_dict_pre_hook(_cut_values)
+        module.register_state_dict_post_hook(_describe_values)
 
     def place(
         self, key: str, tensor: nn.Parameter | Tensor, spec: StateSpec, device_mesh: DeviceMesh, persistent: bool
@@ -170,6 +172,33 @@ def _cut_values(
                 f"{value.device_mesh}) than the parameter ({held.placements} on {device_mesh}); load a full tensor, "
                 f"e.g. from full_state_dict()"
             )
+
+
+def _describe_values(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Let the sharded tensors of a state dict tell `torch.distributed.checkpoint` which pieces they are."""
+    assert isinstance(module, Container)
+    for key, (spec, device_mesh) in module._shown.items():
+        value = state_dict.get(prefix + key)
+        if isinstance(value, DTensor) and not isinstance(value, nn.Parameter) and value.device_mesh == device_mesh:
+            described(value, spec.layout)
+
+
+def layouts_of(module: nn.Module) -> dict[str, Layout]:
+    """The layout of every parameter and buffer that lies on a mesh, under each of its names in `module`."""
+    return {
+        f"{path}.{key}".lstrip("."): spec.layout
+        for path, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, Container)
+        for key, (spec, _) in part._shown.items()
+    }
+
+
+def shown_like(parameter: DTensor, local: Tensor, layout: Layout | None) -> DTensor:
+    """`local` as a DTensor that lies as `parameter` does, and tells checkpoints so; `layout` None: in DTensor's own way."""
+    wrap = dtensor_wrapper(parameter.device_mesh, parameter.placements, tuple(parameter.shape), local.dtype)
+    shown = wrap(local)
+    assert isinstance(shown, DTensor)
+    return shown if layout is None else described(shown, layout)
 
 
 def _refuse_partial(layout: Layout) -> None:
