@@ -29,9 +29,9 @@ from torch.optim import Optimizer
 from autotp.errors import AutotpError
 from autotp.runtime import checkpoint_files as files
 from autotp.runtime import optimizer_state
+from autotp.runtime.generators import random_state, resume_random
 from autotp.runtime.joint import Joint
 from autotp.runtime.module import graphs_of
-from autotp.runtime.random import random_state, resume_random
 
 PREFIX = "model."
 PLAIN = "autotp.pt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,6 @@ class SeedStream:
     def next(self) -> int:
         """The next seed."""
         return int(torch.randint(2**62, (), generator=self._generator))
-
-    def state(self) -> torch.Tensor:
-        """Where the stream stands, as bytes that `resume` takes."""
-        return self._generator.get_state()
-
-    def resume(self, state: torch.Tensor) -> None:
-        """Go on from where a stream stood."""
-        self._generator.set_state(state)
 
 
 class RandomCall(nn.Module):
@@ -76,24 +68,3 @@ def seed_module(module: nn.Module, seed: int) -> None:
     for child in module.modules():
         if isinstance(child, RandomCall):
             child.stream = stream
-
-
-def random_state(graphs: Iterable[nn.Module], device: torch.device) -> dict[str, Any]:
-    """Where this rank's default generators stand, of the CPU and of `device`, and the streams of all random operators in `graphs`."""
-    generators = {kind: _generator(torch.device(kind)).get_state() for kind in {"cpu", device.type}}
-    return {"generators": generators, "streams": [stream.state() for stream in _streams(graphs)]}
-
-
-def resume_random(graphs: Iterable[nn.Module], states: Sequence[Mapping[str, Any]], rank: int) -> None:
-    """Go on from what `random_state` gave on every rank. On another number of ranks, rank r goes on from r modulo that number."""
-    for kind, state in states[rank % len(states)]["generators"].items():
-        if kind == "cpu" or torch.get_device_module(kind).is_available():
-            _generator(torch.device(kind)).set_state(state)
-    for stream, state in zip(_streams(graphs), states[0]["streams"], strict=False):
-        stream.resume(state)
-
-
-def _streams(graphs: Iterable[nn.Module]) -> list[SeedStream]:
-    """Each stream once."""
-    calls = (call for graph in graphs for call in graph.modules() if isinstance(call, RandomCall))
-    return list({id(call.stream): call.stream for call in calls}.values())
