@@ -115,6 +115,7 @@ def parallelize(
     optimizer: str = "adamw",
     compiled: bool = False,
     overlap: bool = False,
+    randomness: str = "independent",
     check: bool | None = None,
 ) -> ParallelModule:
     """The same model, running in parallel on all ranks of `mesh`. Every rank calls this with the same model and arguments.
@@ -132,6 +133,9 @@ def parallelize(
             cannot be given beside it.
         cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
         args, kwargs, mode, memory, pins, inputs, outputs, optimizer, compiled, overlap: as for `plan`; the module is never compiled here.
+        randomness: "independent": a tensor that is split gets random numbers (dropout) of their own on each rank, right in distribution;
+            "exact": all ranks draw from PyTorch's generator, at the same seed, what one device would draw, whatever the mesh. That
+            makes each random tensor whole for a moment, on every rank.
         check: run the model once and compare outputs and gradients with its trace, on rank 0, before anything else. By default
             where that takes seconds: real weights on one device, at most 300 million parameters; True: at any size; False: never.
 
@@ -147,10 +151,15 @@ def parallelize(
     device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
     device = torch.device(device_mesh.device_type)
     axes, mode = parse_mesh(device_mesh), given.mode if given else mode
-    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs, compiled=compiled, overlap=overlap, optimizer=optimizer))
+    request = together(
+        lambda: Request(
+            axes, mode, memory, pins, inputs, outputs, compiled=compiled, overlap=overlap, optimizer=optimizer, randomness=randomness
+        )
+    )
+    exact = request.randomness == "exact"
     program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
     gradient = request.mode == "train"
-    share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check)) if is_first() else None)
+    share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check, exact=exact)) if is_first() else None)
     name = type(model).__name__
     made = attempt(lambda: make_plan(program, request, cluster_of(cluster, device.type), name)) if is_first() and given is None else None
     decided = given or cast(Plan, share(made))
@@ -158,8 +167,9 @@ def parallelize(
     agree(decided.hash, "the plan")
     agree(together(lambda: weights_digest(model)), "the model's weights (seed all ranks alike, or load the same checkpoint)")
     coordinate = tuple(device_mesh.get_coordinate() or ())
-    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device))
-    seed_module(sharded.graph, share(int(torch.randint(2**62, ()))))
+    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device, exact=exact))
+    if not exact:
+        seed_module(sharded.graph, share(int(torch.randint(2**62, ()))))
     return together(
         lambda: ParallelModule(
             sharded,

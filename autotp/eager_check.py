@@ -94,6 +94,7 @@ def confirm(
     *,
     gradient: bool = True,
     check: bool | None = None,
+    exact: bool = False,
 ) -> None:
     """Refuse a trace that computes something else than the model.
 
@@ -101,6 +102,7 @@ def confirm(
         model, program, args, kwargs: what was traced; without example inputs, the model's own `dummy_inputs` served.
         gradient: compare gradients too.
         check: True compares at any size, False never; by default, where it takes seconds. Fake models are never compared.
+        exact: whether both must draw the same random numbers in the same order.
 
     Raises:
         AutotpError: they differ.
@@ -124,7 +126,7 @@ def confirm(
             found = check_eager(model, program, *given, gradient=gradient)
     random = any(node.kind == "op" and _may_draw(node.target, node.args) for node in program.nodes)
     tolerance = TOLERANCES.get(narrowest(program), 5e-2)
-    if found.error is not None and not found.error <= tolerance and not random:  # the trace may draw in another order
+    if found.error is not None and not found.error <= tolerance and (exact or not random):  # the trace may draw in another order
         raise AutotpError(
             f"the trace of {type(model).__name__} computes something else than the model: {found.where} is off by {found.error:.1e}, so "
             "the forward depends on something that is neither an input nor a parameter nor a buffer (a counter, a global, a number "

@@ -29,9 +29,9 @@ class Comparison:
     simulation: Simulation
 
 
-def emitted(space: Space, decisions: Decisions, *, gradient: bool) -> list[Sharded]:
+def emitted(space: Space, decisions: Decisions, *, gradient: bool, exact: bool = False) -> list[Sharded]:
     """What every rank of the mesh runs, in row-major order."""
-    return [rewrite(space, decisions, coordinate, gradient=gradient) for coordinate in coordinates(space.mesh)]
+    return [rewrite(space, decisions, coordinate, gradient=gradient, exact=exact) for coordinate in coordinates(space.mesh)]
 
 
 def compare(
@@ -43,14 +43,17 @@ def compare(
     *,
     gradient: bool = True,
     seed: int = 0,
+    exact: bool = False,
 ) -> Comparison:
     """Simulate all ranks and the single device on the same inputs.
 
     Outputs, buffer updates and (with `gradient`) the gradient of every parameter under random output gradients are
-    rebuilt from the ranks by the definitions of the layouts and compared.
+    rebuilt from the ranks by the definitions of the layouts and compared. With `exact`, random operators draw what one device draws,
+    both from the state in which PyTorch's generators are now.
     """
     program = space.program
-    ranks = emitted(space, decisions, gradient=gradient)
+    ranks = emitted(space, decisions, gradient=gradient, exact=exact)
+    random_state = torch.get_rng_state()
     values = {name: tensor.detach().clone() for name, tensor in state.items()}
     for spec in ranks[0].state:
         if spec.kind == "constant":
@@ -80,6 +83,7 @@ def compare(
         for rank in ranks
     ]
     simulation = Simulation(ranks)
+    torch.set_rng_state(random_state)
     results = simulation.forward(local_state, local_inputs)
     worst, where = 0.0, "nothing"
 

@@ -12,6 +12,7 @@ from autotp.check import check
 from autotp.decisions import Decisions, read_plan
 from autotp.describe import describe, fingerprint
 from autotp.errors import AutotpError
+from autotp.exact import drawn_whole
 from autotp.fold import fold, unfolded
 from autotp.formulate import Border, Formulation, formulate, outgoing_tensors
 from autotp.layouts import Layout
@@ -49,11 +50,15 @@ class Request:
     """Count gathers of weights and reductions of gradients as hidden by compute; the module always runs them so."""
     optimizer: str = "adamw"
     """The optimizer whose state and update are counted in training: a name of `price.memory.OPTIMIZERS`."""
+    randomness: str = "independent"
+    """ "exact": random operators draw what one device draws, and are split only where they can; "independent": each piece draws its own."""
 
     def __post_init__(self) -> None:
         """Refuse what is no request at all."""
         if self.optimizer not in OPTIMIZERS:
             raise AutotpError(f"optimizer {self.optimizer!r} is unknown; give one of {', '.join(OPTIMIZERS)}")
+        if self.randomness not in ("independent", "exact"):
+            raise AutotpError(f"randomness is {self.randomness!r}; give 'independent', or 'exact' to draw what one device draws")
         if self.memory is not None and (not isinstance(self.memory, (int, float)) or not self.memory > 0 or self.memory == float("inf")):
             raise AutotpError(f"memory is {self.memory!r}; give the bytes allowed per device as a positive number, e.g. 80e9")
         if self.pins is not None and (
@@ -117,6 +122,8 @@ def pose(program: Program, request: Request, cluster: Cluster) -> Posed:
         request.overlap and not request.compiled,  # a compiler orders collectives itself
     )
     allowed = apply_pins(space, dict(request.pins or {}))
+    if request.randomness == "exact":
+        allowed = drawn_whole(space, allowed)
     if request.data is not None:
         data = [place for place, name in enumerate(request.axes) if name in request.data]
         space, allowed = narrowed(space, keep_to_batch(space, data, allowed))

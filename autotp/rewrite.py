@@ -20,12 +20,15 @@ from torch import fx, nn
 from autotp import _torch
 from autotp.decisions import Decisions
 from autotp.errors import AutotpError
+from autotp.exact import Form, exact_form, layout_of_numbers
 from autotp.in_place import in_place_variant, writes_in_place
 from autotp.layouts import COLLECTIVES, Layout, Move, SortedCut, Split, local_size, uniform
 from autotp.piece_sizes import PieceSize, piece_start, size_node, symbols_of
-from autotp.program import Node, Ref, map_refs
+from autotp.price.storage import storage_of
+from autotp.program import Node, Ref, Size, map_refs
 from autotp.rules.language import Local, LocalElements, LocalSize, LocalStart, call_of
 from autotp.runtime.collectives import Bucket, Convert
+from autotp.runtime.exact_random import ExactCall, Piece
 from autotp.runtime.prefetch import Prefetch
 from autotp.runtime.random import RandomCall
 from autotp.runtime.recompute import Recomputing
@@ -38,7 +41,13 @@ Version = tuple[Ref, Layout]
 
 
 def rewrite(
-    space: Space, decisions: Decisions, coordinate: tuple[int, ...], *, gradient: bool, device: str | torch.device = "cpu"
+    space: Space,
+    decisions: Decisions,
+    coordinate: tuple[int, ...],
+    *,
+    gradient: bool,
+    device: str | torch.device = "cpu",
+    exact: bool = False,
 ) -> Sharded:
     """The program as the rank at `coordinate` runs it.
 
@@ -47,8 +56,12 @@ def rewrite(
         coordinate: the rank's place on the mesh.
         gradient: whether conversions carry gradients back (training).
         device: where constructors such as `arange` make their tensors.
+        exact: let random operators draw what one device draws (`runtime.exact_random`).
+
+    Raises:
+        AutotpError: `exact`, and the plan splits a random operator that cannot draw so.
     """
-    return _Rewriter(space, decisions, coordinate, gradient, torch.device(device)).rewrite()
+    return _Rewriter(space, decisions, coordinate, gradient, torch.device(device), exact).rewrite()
 
 
 @dataclass
@@ -94,10 +107,11 @@ class _Block:
 
 class _Rewriter:
     def __init__(
-        self, space: Space, decisions: Decisions, coordinate: tuple[int, ...], gradient: bool, device: torch.device
+        self, space: Space, decisions: Decisions, coordinate: tuple[int, ...], gradient: bool, device: torch.device, exact: bool
     ) -> None:
         self.space, self.program, self.folding = space, space.program, space.folding
         self.decisions, self.coordinate, self.gradient, self.device = decisions, coordinate, gradient, device
+        self.exact = exact
         self.mesh = space.mesh
         self.whole = uniform("I", len(space.mesh))
         self.copy_of: dict[int, tuple[int, int]] = {
@@ -300,15 +314,26 @@ class _Rewriter:
         target = node.target
         if "device" in kwargs:
             kwargs = {**kwargs, "device": self.device}
-        if rule is not None and rule.local is not None:
+        drawn = rule.random if rule is not None else _torch.is_random(target)
+        form = None
+        if rule is not None and ((self.exact and drawn) or rule.local is not None):
             call = call_of(node, self.program.type_of)
             operands = tuple(strategy.operands[place] if place is not None else None for place in call.positions)
-            target, args, kwargs = rule.local(Local(call, target, tuple(args), kwargs, operands, strategy.outputs))
+            local = Local(call, target, tuple(args), kwargs, operands, strategy.outputs)
+            if self.exact and drawn:
+                form = exact_form(local)
+            if form is not None:
+                target, args, kwargs = form.target, form.args, {**form.kwargs, **self._whole(form.shape, strategy.outputs[0])}
+            elif rule.local is not None:
+                target, args, kwargs = rule.local(local)
         if node.index in self.in_place:
             target = in_place_variant(target) or target
         args, kwargs = self._numbers(scope, tuple(args), node), self._numbers(scope, kwargs, node)
-        if rule.random if rule is not None else _torch.is_random(target):
-            result = scope.call("random", RandomCall(target, self._shard(strategy.outputs[0])), args, kwargs)
+        if drawn:
+            module = RandomCall(target, self._shard(strategy.outputs[0]))
+            if self.exact:
+                module = ExactCall(target, self._piece(form, node, strategy.outputs[0]) if form is not None else None)
+            result = scope.call("random", module, args, kwargs)
         else:
             result = scope.graph.call_function(target, args, kwargs)
         result.meta["local"] = tuple(zip(node.outputs, strategy.outputs, strict=True))
@@ -355,6 +380,24 @@ class _Rewriter:
             module = HeldElements(split, self.mesh, self.coordinate, symbols)
             scope.elements[key] = scope.call("held", module, [like, *sizes])
         return scope.elements[key]
+
+    def _whole(self, shape: tuple[Size, ...], layout: Layout) -> dict[str, Any]:
+        """What an `ExactCall` must know of the sizes and of the rows that this rank holds, as keyword arguments."""
+        held = [LocalElements(split) for split in layout.splits if isinstance(split.cut, SortedCut)]
+        return {"whole": list(shape), "sizes": list(symbols_of(layout)), "held": held}
+
+    def _piece(self, form: Form, node: Node, layout: Layout) -> Piece:
+        """This rank's part of the numbers that a split random operator draws."""
+        order = tuple(range(len(form.shape)))
+        strides = self.strides.get(Ref(node.index)) if form.like_output else None
+        if strides is not None:
+            order = tuple(sorted(order, key=lambda dim: (-strides[dim], dim)))
+        return Piece(form.draw, order, layout_of_numbers(layout), symbols_of(layout), self.mesh, self.coordinate)
+
+    @cached_property
+    def strides(self) -> Mapping[Ref, tuple[int, ...]]:
+        """How tensors lie in memory on one device, where their elements do not lie in order."""
+        return storage_of(self.program).strides
 
     def _shard(self, layout: Layout) -> int:
         """The number of the piece of a tensor that this rank holds, equal where ranks hold the same piece."""

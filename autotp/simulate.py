@@ -26,6 +26,7 @@ from autotp.layouts import COLLECTIVES
 from autotp.program import op_name
 from autotp.runtime.collectives import Bucket, Convert, flatten, unflatten
 from autotp.runtime.comm import Steps
+from autotp.runtime.exact_random import drawn_together
 from autotp.runtime.prefetch import Prefetch
 from autotp.runtime.primitives import AllToAll, Primitive
 from autotp.runtime.random import RandomCall
@@ -281,7 +282,7 @@ class Simulation:
                 return lambda args, kwargs: self._recompute(modules, args)
             if isinstance(modules[0], GraphModule):
                 return lambda args, kwargs: self._interpret(modules, args)
-            functions = [module.drawn() if isinstance(module, RandomCall) else module for module in modules]
+            functions = drawn_together(modules) if isinstance(modules[0], RandomCall) else modules
         elif nodes[0].op == "call_method":
             functions = [partial(_method, str(node.target)) for node in nodes]
         return partial(self._apply, nodes, functions)

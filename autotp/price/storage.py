@@ -108,11 +108,11 @@ def _computed(program: Program, node: Node, strides: Mapping[Ref, Strides]) -> l
     if name_of(node.target) == "aten.scaled_dot_product_attention" and len(hint) == 4:
         _, h, s, e = hint
         return [(s * h * e, e, h * e, 1)]
-    if len(node.outputs) == 1 and is_pointwise(node):
+    if is_pointwise(node) and all(output.hint == hint for output in node.outputs):
         for ref in node.inputs:
             found = strides.get(ref)
             if found is not None and program.type_of(ref).hint == hint and found == _in_order_of(hint, found):
-                return [found]
+                return [found] * len(node.outputs)
     return []
 
 

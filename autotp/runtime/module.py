@@ -16,6 +16,7 @@ from autotp.errors import AutotpError
 from autotp.runtime.arguments import Arguments
 from autotp.runtime.collectives import bind
 from autotp.runtime.comm import ProcessComm
+from autotp.runtime.exact_random import ExactCall, check_in_step, random_state, set_random_state
 from autotp.runtime.function import plain_function
 from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
 from autotp.sharded import Sharded, StateSpec
@@ -96,6 +97,7 @@ class ParallelModule(Container):
         if trained_mode is not None:
             self.train(trained_mode)
         bind(sharded.graph, ProcessComm(device_mesh))
+        self._exact = any(isinstance(child, ExactCall) for child in sharded.graph.modules())
         self._run = plain_function(sharded.graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +116,8 @@ class ParallelModule(Container):
                 f"or make the model parallel again after .{modes[1]}()"
             )
         inputs = self._arguments.match(args, kwargs)
+        if self._exact and not torch.compiler.is_compiling():
+            check_in_step(self._device_mesh)
         # what autograd keeps of a buffer that changes below must keep its old values
         state = [slot.read().clone() if slot.changes else slot.read() for slot in self._held]
         results = self._run(*state, *inputs)
@@ -137,6 +141,22 @@ class ParallelModule(Container):
                 slot = shown[id(tensor)]
                 gathered[id(tensor)] = gather_full(slot.leaf, slot.spec, self._device_mesh)
         return {name: gathered[id(tensor)] for name, tensor in state.items()}
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Where the random numbers of the forward stand, uint8 tensors for a checkpoint; the same on every rank and any mesh.
+
+        `seeds` is the module's own stream, from which every rank takes the seed of each random operator. Where operators draw what one
+        device draws (`randomness="exact"`) it is `generator`, the state of PyTorch's generator of this device.
+        """
+        return random_state(self._sharded.graph, self._device)
+
+    def set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `random_state` was read. All ranks must call it.
+
+        Raises:
+            AutotpError: the state is that of a module with another kind of randomness.
+        """
+        set_random_state(self._sharded.graph, self._device, state)
 
     def extra_repr(self) -> str:
         """The mesh, this rank's place on it, and the state held at the top level."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class SeedStream:
@@ -19,6 +19,15 @@ class SeedStream:
     def next(self) -> int:
         """The next seed."""
         return int(torch.randint(2**62, (), generator=self._generator))
+
+    @property
+    def state(self) -> Tensor:
+        """Where the stream stands: uint8, the same on every rank."""
+        return self._generator.get_state()
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
 
 
 class RandomCall(nn.Module):
@@ -38,9 +47,8 @@ class RandomCall(nn.Module):
         """The same with the seed drawn: whenever it is called with the same arguments, it gives the same."""
         return partial(self._sample, (self.stream.next() + self.shard) % 2**63)
 
-    def _sample(self, seed: int, /, *args: Any, **kwargs: Any) -> Any:
-        tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
-        generator = _generator(torch.device(kwargs.get("device") or (tensor.device if tensor is not None else "cpu")))
+    def _sample(self, seed: Any, /, *args: Any, **kwargs: Any) -> Any:
+        generator = generator_of(device_of(args, kwargs))
         state = generator.get_state()
         generator.manual_seed(seed)
         try:
@@ -53,7 +61,13 @@ class RandomCall(nn.Module):
         return f"{self.target}, shard {self.shard}"
 
 
-def _generator(device: torch.device) -> torch.Generator:
+def device_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
+    """Where an operator runs: on the device that is named, else on that of its first tensor."""
+    tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    return torch.device(kwargs.get("device") or (tensor.device if tensor is not None else "cpu"))
+
+
+def generator_of(device: torch.device) -> torch.Generator:
     """The generator that operators on `device` draw from."""
     if device.type == "cpu":
         return torch.default_generator
