@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autotp.runtime.checkpoint import load, save
     from autotp.runtime.checkpoint_files import latest
     from autotp.runtime.module import ParallelModule
+    from autotp.runtime.optimizers import optimizer
 
 _HOMES = {
     "AutotpError": "autotp.errors",
@@ -44,6 +45,7 @@ _HOMES = {
     "latest": "autotp.runtime.checkpoint_files",
     "load": "autotp.runtime.checkpoint",
     "load_cluster": "autotp.price.cluster",
+    "optimizer": "autotp.runtime.optimizers",
     "parallelize": "autotp.api",
     "parallelize_generation": "autotp.generation",
     "plan": "autotp.api",
@@ -74,6 +76,7 @@ __all__ = [
     "latest",
     "load",
     "load_cluster",
+    "optimizer",
     "parallelize",
     "parallelize_generation",
     "plan",

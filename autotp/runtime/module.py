@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from autotp.runtime.collectives import bind
 from autotp.runtime.comm import ProcessComm
 from autotp.runtime.exact_random import ExactCall, check_in_step, random_state, set_random_state
 from autotp.runtime.function import plain_function
+from autotp.runtime.optimizers import check_step, watch_steps
 from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
 from autotp.sharded import Sharded, StateSpec
 
@@ -99,6 +101,9 @@ class ParallelModule(Container):
         bind(sharded.graph, ProcessComm(device_mesh))
         self._exact = any(isinstance(child, ExactCall) for child in sharded.graph.modules())
         self._run = plain_function(sharded.graph)
+        self._split = {id(slot.shown): slot.spec.name for slot in self._held if slot.spec.kind == "parameter" and slot.spec.layout.splits}
+        self._checked = WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]]()
+        watch_steps(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, in the structure that it returns.
@@ -130,6 +135,35 @@ class ParallelModule(Container):
                     if value is not buffer:  # as it is where the graph writes in place
                         buffer.copy_(value)
         return tree_unflatten(leaves, self._sharded.out_spec)
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh that it runs on."""
+        return self._device_mesh
+
+    def spec_of(self, parameter: Tensor) -> StateSpec:
+        """The name, global type and layout of one of the parameters.
+
+        Raises:
+            AutotpError: it is not one of this module's.
+        """
+        for slot in self._held:
+            if slot.shown is parameter:
+                return slot.spec
+        raise AutotpError(
+            f"a parameter of shape {tuple(parameter.shape)} is not one of this parallel module's; pass those of module.parameters()"
+        )
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before each step of any optimizer: refuse one that would step otherwise on pieces of parameters than on the whole.
+
+        Raises:
+            AutotpError: it would, or nobody can tell.
+        """
+        sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+        if self._checked.get(optimizer) != sizes:
+            check_step(optimizer, self._split, self._device_mesh)
+            self._checked[optimizer] = sizes
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The `state_dict` of the original model: plain full tensors on every rank. All ranks must call it."""
