@@ -19,6 +19,16 @@ tree_map_only = pytree.tree_map_only
 tree_flatten_with_path = pytree.tree_flatten_with_path
 TreeSpec = pytree.TreeSpec
 
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """(name, leaf) of what is nested in dicts, tuples and lists; a name lists the keys on the way."""
+    return [(".".join(str(key) for key in map(_key, path)), leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def _key(entry: Any) -> Any:
+    return next((getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)), entry)
+
+
 GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast
 
@@ -272,6 +282,16 @@ wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 def constant_when_compiled(function: Callable[..., Any]) -> None:
     """Mark a function as `torch.compiler.assume_constant_result` does, without importing the compiler (a second)."""
     function.__dict__["_dynamo_marked_constant"] = True
+
+
+def inherit_timeout(group: Any) -> None:
+    """Give a process group the timeout that the default group has; a new one otherwise waits for half an hour."""
+    from torch.distributed import distributed_c10d as c10d
+
+    whole = c10d._get_default_group()
+    if group is not whole:
+        device = whole._device_types[0]
+        c10d._set_pg_timeout(whole._get_backend(device).options._timeout, group)
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -22,10 +22,10 @@ from autotp.mesh_shapes import check_devices
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
-from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values, weights_digest
+from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of, state_values, weights_digest
 from autotp.recommendation import USABLE
 from autotp.rewrite import rewrite
-from autotp.runtime.agreement import agree, share, together
+from autotp.runtime.agreement import agree, agree_on, is_first, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.random import seed_module
 from autotp.solve import OutOfMemoryError
@@ -128,7 +128,8 @@ def parallelize(
 
     Args:
         model: a module with real weights, equal on all ranks; it is left as it was.
-        mesh: as for `plan`; by default all ranks of the (torchrun) process group on one axis.
+        mesh: as for `plan`; by default all ranks of the (torchrun) process group on one axis. A `DeviceMesh` may be part of a larger
+            one, such as `whole["tp"]`: each part then holds a model of its own.
         plan: a `Plan`, or a file that one was saved to; by default a new one. Its mode counts, and cluster, memory and pins
             cannot be given beside it.
         cluster: what prices are for; by default `cpu` for a mesh of CPUs, `dgx-h100` for GPUs.
@@ -145,31 +146,36 @@ def parallelize(
     Raises:
         AutotpError: on every rank alike, so that none is left waiting.
     """
-    check_ranks(mesh)
-    together(lambda: _check_plan(plan, alone=cluster is None and memory is None and pins is None))
-    given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan))
+    group = ranks_of(mesh)
+    agree_on(facts(model, args, kwargs, mesh, plan), group)
+    together(lambda: _check_plan(plan, alone=cluster is None and memory is None and pins is None), group)
+    given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan), group)
     device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
     device = torch.device(device_mesh.device_type)
     axes, mode = parse_mesh(device_mesh), given.mode if given else mode
     request = together(
         lambda: Request(
             axes, mode, memory, pins, inputs, outputs, compiled=compiled, overlap=overlap, optimizer=optimizer, randomness=randomness
-        )
+        ),
+        group,
     )
+    asked = "what is asked for (mode, memory, pins, inputs, outputs, optimizer, compiled, overlap, randomness)"
+    agree(repr(request), asked, group)
     exact = request.randomness == "exact"
-    program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True))
+    program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True), group)
     gradient = request.mode == "train"
-    share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check, exact=exact)) if is_first() else None)
+    first = is_first(group)
+    share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check, exact=exact)) if first else None, group)
     name = type(model).__name__
-    made = attempt(lambda: make_plan(program, request, cluster_of(cluster, device.type), name)) if is_first() and given is None else None
-    decided = given or cast(Plan, share(made))
-    space, decisions = together(lambda: adopt(program, request, decided))
-    agree(decided.hash, "the plan")
-    agree(together(lambda: weights_digest(model)), "the model's weights (seed all ranks alike, or load the same checkpoint)")
+    made = attempt(lambda: make_plan(program, request, cluster_of(cluster, device.type), name)) if first and given is None else None
+    decided = given or cast(Plan, share(made, group))
+    space, decisions = together(lambda: adopt(program, request, decided), group)
+    agree(decided.hash, "the plan", group)
+    agree(together(lambda: weights_digest(model), group), "the model's weights (seed all ranks alike, or load the same checkpoint)", group)
     coordinate = tuple(device_mesh.get_coordinate() or ())
-    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device, exact=exact))
+    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device, exact=exact), group)
     if not exact:
-        seed_module(sharded.graph, share(int(torch.randint(2**62, ()))))
+        seed_module(sharded.graph, share(int(torch.randint(2**62, ())), group))
     return together(
         lambda: ParallelModule(
             sharded,
@@ -180,7 +186,8 @@ def parallelize(
             device,
             signature=inspect.signature(model.forward),
             trained_mode=mode_of_graph(model, program),
-        )
+        ),
+        group,
     )
 
 

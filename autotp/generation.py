@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from autotp.api import Mesh, cluster_of
@@ -23,9 +22,9 @@ from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import Cluster
 from autotp.program import Program
-from autotp.ranks import attempt, check_ranks, device_mesh_of, is_first, mode_of_graph, state_values, weights_digest
+from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of, state_values, weights_digest
 from autotp.rewrite import rewrite
-from autotp.runtime.agreement import agree, share, together
+from autotp.runtime.agreement import Group, agree, agree_on, broadcast, is_first, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.sampling import Sampling, next_tokens
 from autotp.strategies import Space
@@ -89,16 +88,17 @@ def parallelize_generation(
     Raises:
         AutotpError: on every rank alike, so that none is left waiting.
     """
-    check_ranks(mesh)
+    group = ranks_of(mesh)
+    agree_on(facts(model, (), {"batch": batch, "context": context, "prompt": prompt}, mesh), group)
     device_mesh = device_mesh_of(mesh)
     device = torch.device(device_mesh.device_type)
-    request = together(lambda: Request(parse_mesh(device_mesh), "inference", memory, pins))
-    modules = together(lambda: _modules(model, batch, context))
-    programs = together(lambda: _programs(modules, batch, context, prompt))
-    priced = together(lambda: cluster_of(cluster, device.type))
-    made = attempt(lambda: _plans(programs, request, priced, model)) if is_first() else None
-    plans = cast(GenerationPlans, share(made))
-    agree(together(lambda: weights_digest(model)), "the model's weights (seed all ranks alike, or load the same checkpoint)")
+    request = together(lambda: Request(parse_mesh(device_mesh), "inference", memory, pins), group)
+    modules = together(lambda: _modules(model, batch, context), group)
+    programs = together(lambda: _programs(modules, batch, context, prompt), group)
+    priced = together(lambda: cluster_of(cluster, device.type), group)
+    made = attempt(lambda: _plans(programs, request, priced, model)) if is_first(group) else None
+    plans = cast(GenerationPlans, share(made, group))
+    agree(together(lambda: weights_digest(model), group), "the model's weights (seed all ranks alike, or load the same checkpoint)", group)
 
     def module(phase: Phase, plan: Plan, request: Request, beside: ParallelModule | None) -> tuple[ParallelModule, Request]:
         """One step, and a request for others whose parameters and cache rest as here."""
@@ -117,9 +117,9 @@ def parallelize_generation(
         )
         return built, replace(request, rest=_rest(space, decisions))
 
-    decode, resting = together(lambda: module("decode", plans.decode, request, None))
-    prefill, _ = together(lambda: module("prefill", plans.prefill, resting, decode))
-    return Generator(prefill, decode, plans, batch, context, device)
+    decode, resting = together(lambda: module("decode", plans.decode, request, None), group)
+    prefill, _ = together(lambda: module("prefill", plans.prefill, resting, decode), group)
+    return Generator(prefill, decode, plans, batch, context, device, group)
 
 
 class Generator:
@@ -132,10 +132,17 @@ class Generator:
     """
 
     def __init__(
-        self, prefill: ParallelModule, decode: ParallelModule, plans: GenerationPlans, batch: int, context: int, device: torch.device
+        self,
+        prefill: ParallelModule,
+        decode: ParallelModule,
+        plans: GenerationPlans,
+        batch: int,
+        context: int,
+        device: torch.device,
+        group: Group = None,
     ) -> None:
         self.prefill, self.decode, self.plans = prefill, decode, plans
-        self.batch, self.context, self.device = batch, context, device
+        self.batch, self.context, self.device, self.group = batch, context, device, group
 
     @torch.no_grad()
     def generate(
@@ -176,7 +183,7 @@ class Generator:
         ended = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
         for _ in range(max_new_tokens):
             found = next_tokens(self._logits(tokens, first=tokens.shape[1] == input_ids.shape[1]), sampling, random)
-            dist.broadcast(found, 0)  # rounding may differ between ranks, and a token that did would part them for good
+            broadcast(found, self.group)  # rounding may differ between ranks, and a token that did would part them for good
             found = found if pad is None else found.masked_fill(ended, pad)
             tokens = torch.cat([tokens, found[:, None]], 1)
             ended = ended if eos_token_id is None else ended | (found == eos_token_id)

@@ -251,7 +251,7 @@ class Plan:
         """The plan as plain data, in the form of the YAML file."""
         body = json.loads(json.dumps(asdict(self)))
         body["memory"]["total"] = self.memory.total
-        return {"autotp_plan": FORMAT, "autotp_version": _version(), **body}
+        return {"autotp_plan": FORMAT, "autotp_version": installed_version(), **body}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML; the file is complete or not there.
@@ -278,7 +278,7 @@ class Plan:
             raise AutotpError(f"{path} is not an autotp plan; `autotp plan MODEL --format yaml --output FILE` writes one")
         if body["autotp_plan"] != FORMAT:
             raise AutotpError(
-                f"{path} has plan format {body['autotp_plan']}, but this autotp ({_version()}) reads format {FORMAT}: plan again"
+                f"{path} has plan format {body['autotp_plan']}, but this autotp ({installed_version()}) reads format {FORMAT}: plan again"
             )
         try:
             return _from_dict(body)
@@ -348,7 +348,8 @@ def _from_dict(body: dict[str, Any]) -> Plan:
     )
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """The version of autotp, or `unknown` where it was never installed."""
     try:
         return version("autotp")
     except PackageNotFoundError:

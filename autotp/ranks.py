@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from hashlib import sha256
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,37 +16,63 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.mesh import parse_mesh
+from autotp.plans import Plan, installed_version
 from autotp.program import Program
-from autotp.runtime.agreement import together
+from autotp.runtime.agreement import Group, together
 
 T = TypeVar("T")
 
 
-def check_ranks(mesh: Any) -> None:
-    """Make sure, before anything is exchanged, that there are ranks to run on and that all of them take part.
+def ranks_of(mesh: Any) -> Group:
+    """The ranks that take part: those of a `DeviceMesh`, by default all that run. Nothing is exchanged.
 
     Raises:
-        AutotpError: there is no process group, or `mesh` is a `DeviceMesh` of some of its ranks only.
+        AutotpError: there is no process group, or this rank is not on the mesh.
     """
     if not dist.is_initialized():
         raise AutotpError(
             "there is no process group: start the script with `torchrun --nproc-per-node N script.py` and call "
             "torch.distributed.init_process_group() before autotp.parallelize()"
         )
-    if isinstance(mesh, DeviceMesh) and mesh.size() != dist.get_world_size():
-        raise AutotpError(
-            f"the device mesh has {mesh.size()} of the {dist.get_world_size()} running ranks; parallelize runs on all ranks of the "
-            "process group so far: pass a mesh of all of them"
-        )
+    if not isinstance(mesh, DeviceMesh):
+        return None
+    if mesh.get_coordinate() is None:
+        raise AutotpError(f"rank {dist.get_rank()} is not on the device mesh {mesh}: call this on the ranks of the mesh alone")
+    return None if mesh.size() == dist.get_world_size() else mesh
 
 
-def is_first() -> bool:
-    """Whether this is rank 0, which plans."""
-    return dist.get_rank() == 0
+def facts(model: Any, args: Any, kwargs: Any, mesh: Any, plan: Any = None) -> dict[str, str | None]:
+    """What every rank must start from alike, in words: software, model, example inputs, mesh and plan; None where it is not known."""
+    axes = attempt(lambda: parse_mesh(mesh))
+    saved = attempt(lambda: Plan.load(plan)) if isinstance(plan, (str, Path)) else plan
+    inputs = {f"argument {place}": value for place, value in enumerate(args if isinstance(args, tuple) else (args,))} | dict(kwargs or {})
+    return {
+        "the version of autotp": installed_version(),
+        "the version of PyTorch": str(torch.__version__),
+        "the model": _model_in_words(model),
+        "the example input": ", ".join(f"{name} {_in_words(leaf)}" for name, leaf in _torch.named_leaves(inputs)),
+        "the mesh": None if isinstance(axes, BaseException) else str(axes),
+        "the plan": saved.hash if isinstance(saved, Plan) else None,
+    }
+
+
+def _model_in_words(model: Any) -> str:
+    if not isinstance(model, nn.Module):
+        return type(model).__name__
+    state = [*model.named_parameters(), *model.named_buffers()]
+    digest = sha256("\n".join(f"{name} {_in_words(tensor)}" for name, tensor in state).encode()).hexdigest()
+    count, mode = sum(tensor.numel() for _, tensor in state), "train" if model.training else "eval"
+    return f"{type(model).__name__} of {count:,} numbers in {mode} mode (names and shapes {digest[:8]})"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 def device_mesh_of(mesh: Any) -> DeviceMesh:
-    """The `DeviceMesh` for what the user gave; by default all ranks on one axis.
+    """The `DeviceMesh` for what the user gave; by default all ranks on one axis. Its exchanges time out as those of all ranks do.
 
     Raises:
         AutotpError: the mesh does not have as many places as there are ranks.
@@ -55,7 +82,10 @@ def device_mesh_of(mesh: Any) -> DeviceMesh:
     world = dist.get_world_size()
     axes = together(lambda: _axes_of(mesh, world))
     device = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
-    return init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    made = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    for axis in range(made.ndim):
+        _torch.inherit_timeout(made.get_group(axis))
+    return made
 
 
 def _axes_of(mesh: Any, world: int) -> dict[str, int]:

@@ -1,20 +1,31 @@
-"""Every rank must act on the same plan: compare what the ranks hold, and hand out what one rank made."""
+"""Every rank must act on the same plan: compare what the ranks hold, and hand out what one rank made.
+
+All functions are called by every rank of a `Group`. On a mesh of several axes they go through it axis by axis, so that a part of a
+larger `DeviceMesh` needs no process group of its own.
+"""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.errors import AutotpError
 
 T = TypeVar("T")
 
+Group = dist.ProcessGroup | DeviceMesh | None
+"""The ranks that agree: those of a process group, those of a mesh, or (None) all that run."""
 
-def agree(payload: str | bytes, what: str, group: dist.ProcessGroup | None = None) -> None:
+SAME = "start every rank with the same code, versions, model, inputs and options"
+
+
+def agree(payload: str | bytes, what: str, group: Group = None) -> None:
     """Check that every rank of `group` calls with the same payload; only 32-byte sha256 digests travel.
 
     `what` names the payload in the error, e.g. "the plan". Without a process group there is nothing to compare.
@@ -24,19 +35,31 @@ def agree(payload: str | bytes, what: str, group: dist.ProcessGroup | None = Non
     """
     if not dist.is_initialized():
         return
-    digest = sha256(payload.encode() if isinstance(payload, str) else payload).digest()
-    digests: list[bytes] = [b""] * dist.get_world_size(group)
-    dist.all_gather_object(digests, digest, group=group)
-    others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    digests = _gather(sha256(payload.encode() if isinstance(payload, str) else payload).digest(), group)
+    others = [rank for rank, digest in zip(_ranks(group), digests, strict=True) if digest != digests[0]]
     if others:
         named = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(map(str, others))} have"
-        raise AutotpError(
-            f"{what} is not the same on every rank: {named} another than rank 0; "
-            f"start every rank with the same code, model, inputs and options"
-        )
+        raise AutotpError(f"{what} is not the same on every rank: {named} another than rank {_ranks(group)[0]}; {SAME}")
 
 
-def share(value: T | BaseException, group: dist.ProcessGroup | None = None, src: int = 0) -> T:
+def agree_on(facts: Mapping[str, str | None], group: Group = None) -> None:
+    """Check that every rank of `group` states the same short facts: name → value, in one order; None is equal to anything.
+
+    Raises:
+        AutotpError: on every rank, the same sentence: the first fact that differs, and what two ranks say of it.
+    """
+    if not dist.is_initialized():
+        return
+    stated = list(zip(_ranks(group), _gather(dict(facts), group), strict=True))
+    for name in facts:
+        known = [(rank, found[name]) for rank, found in stated if found.get(name) is not None]
+        for rank, value in known[1:]:
+            if value != known[0][1]:
+                first, wanted = known[0]
+                raise AutotpError(f"{name} is not the same on every rank: rank {rank} has {value}, rank {first} has {wanted}; {SAME}")
+
+
+def share(value: T | BaseException, group: Group = None, src: int = 0) -> T:
     """The value that rank `src` of `group` gives, on every rank; what the other ranks pass is ignored.
 
     If `src` gives an exception, or a value that cannot be pickled, every rank raises, so that none is left waiting:
@@ -46,14 +69,18 @@ def share(value: T | BaseException, group: dist.ProcessGroup | None = None, src:
         except Exception as error:
             plan = error
         plan = share(plan)
+
+    On a mesh it is the first rank that gives the value, and `src` must be 0.
     """
     if not dist.is_initialized():
         if isinstance(value, BaseException):
             raise value
         return value
-    own = dist.get_rank(group) == src
+    assert src == 0 or not isinstance(group, DeviceMesh)
+    own = is_first(group) if src == 0 else dist.get_rank(_axes(group)[0]) == src
     box: list[bytes | None] = [_packed(value, src) if own else None]
-    dist.broadcast_object_list(box, group=group, group_src=src)
+    for axis in _axes(group):  # along the first axis from the first rank, then along the next from all that have it, …
+        dist.broadcast_object_list(box, group=axis, group_src=src)
     if own and isinstance(value, BaseException):
         raise value
     assert box[0] is not None
@@ -61,6 +88,63 @@ def share(value: T | BaseException, group: dist.ProcessGroup | None = None, src:
     if failed:
         raise received
     return cast(T, value if own else received)
+
+
+def broadcast(tensor: Tensor, group: Group = None) -> None:
+    """Replace the values of `tensor` by those that the first rank of `group` has."""
+    for axis in _axes(group):
+        dist.broadcast(tensor, group=axis, group_src=0)
+
+
+def together(step: Callable[[], T], group: Group = None) -> T:
+    """Run `step` on every rank; if it fails on any, every rank raises the same sentence, so that none is left waiting.
+
+    Raises:
+        AutotpError: on every rank, naming the first rank that failed and what it said.
+    """
+    try:
+        result, failure = step(), None
+    except Exception as error:
+        result, failure = None, error
+    if not dist.is_initialized():
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+    message = None if failure is None else str(failure) if isinstance(failure, AutotpError) else f"{type(failure).__name__}: {failure}"
+    messages: list[str | None] = _gather(message, group)
+    failed = [(rank, text) for rank, text in zip(_ranks(group), messages, strict=True) if text is not None]
+    if not failed:
+        return result  # type: ignore[return-value]
+    rank, text = failed[0]
+    raise AutotpError(text if len(failed) == len(messages) else f"{text} (on rank {rank})") from failure
+
+
+def is_first(group: Group = None) -> bool:
+    """Whether this is the first rank of the group, which plans; also where there is no process group."""
+    return not dist.is_initialized() or all(dist.get_rank(axis) == 0 for axis in _axes(group))
+
+
+def _axes(group: Group) -> list[dist.ProcessGroup | None]:
+    """The process groups to go through, outermost first."""
+    return [group.get_group(axis) for axis in range(group.ndim)] if isinstance(group, DeviceMesh) else [group]
+
+
+def _ranks(group: Group) -> list[int]:
+    """The numbers of the ranks among all that run, in the order of `_gather`."""
+    if isinstance(group, DeviceMesh):
+        ranks: list[int] = group.mesh.flatten().tolist()
+        return ranks
+    return list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
+
+
+def _gather(value: Any, group: Group) -> list[Any]:
+    """What every rank passes, on every rank, in the order of `_ranks`."""
+    values = [value]
+    for axis in reversed(_axes(group)):
+        parts: list[list[Any]] = [[]] * dist.get_world_size(axis)
+        dist.all_gather_object(parts, values, group=axis)
+        values = [item for part in parts for item in part]
+    return values
 
 
 def _packed(value: Any, src: int) -> bytes:
@@ -77,27 +161,3 @@ def _packed(value: Any, src: int) -> bytes:
         else:
             sentence = f"rank {src} cannot share a {type(value).__name__} with the other ranks: {error}"
         return pickle.dumps((True, AutotpError(sentence)))
-
-
-def together(step: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `step` on every rank; if it fails on any, every rank raises the same sentence, so that none is left waiting.
-
-    Raises:
-        AutotpError: on every rank, naming the first rank that failed and what it said.
-    """
-    try:
-        result, failure = step(), None
-    except Exception as error:
-        result, failure = None, error
-    if not dist.is_initialized():
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]
-    message = None if failure is None else str(failure) if isinstance(failure, AutotpError) else f"{type(failure).__name__}: {failure}"
-    messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, message, group=group)
-    failed = [rank for rank, text in enumerate(messages) if text is not None]
-    if not failed:
-        return result  # type: ignore[return-value]
-    where = "" if len(failed) == len(messages) else f" (on rank {failed[0]})"
-    raise AutotpError(f"{messages[failed[0]]}{where}") from failure

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp import _torch
+from autotp.errors import AutotpError
 from autotp.layouts import COLLECTIVES
 from autotp.runtime.primitives import AllToAll, Primitive
 
@@ -48,23 +49,28 @@ class ProcessComm:
     """Exchanges over the process groups of a `DeviceMesh`, Gloo or NCCL, one group for each axis.
 
     It uses PyTorch's functional collectives: `torch.compile` traces them, and `CommDebugMode` counts each once.
+
+    Raises:
+        AutotpError: from any exchange that fails, because a rank has died, say, or has not come within the groups' timeout.
     """
 
     def __init__(self, device_mesh: DeviceMesh) -> None:
         self.sizes = tuple(device_mesh.shape)
         groups = [device_mesh.get_group(axis) for axis in range(device_mesh.ndim)]
         self.groups = tuple(group.group_name for group in groups)
+        ranks = device_mesh.mesh.flatten().tolist()
+        self.ranks = f"ranks {', '.join(map(str, ranks))}" if len(ranks) <= 16 else f"{len(ranks)} ranks of {device_mesh}"
 
     def all_reduce(self, x: Tensor, axis: int, op: Literal["sum", "max"]) -> Tensor:
-        return _plain(_torch.all_reduce, x, op, self.groups[axis])
+        return self._plain(_torch.all_reduce, x, op, self.groups[axis])
 
     def all_gather(self, x: Tensor, axis: int) -> Tensor:
         carried = _carrier(x)
-        gathered = _plain(_torch.all_gather, carried, self.sizes[axis], self.groups[axis])
+        gathered = self._plain(_torch.all_gather, carried, self.sizes[axis], self.groups[axis])
         return gathered if carried is x else _uncarry(gathered, x.dtype)
 
     def reduce_scatter(self, x: Tensor, axis: int) -> Tensor:
-        return _plain(_torch.reduce_scatter, x, "sum", self.sizes[axis], self.groups[axis])
+        return self._plain(_torch.reduce_scatter, x, "sum", self.sizes[axis], self.groups[axis])
 
     def all_to_all(
         self, x: Tensor, axis: int, send_sizes: Sequence[int] | None, receive_sizes: Sequence[int] | None
@@ -72,24 +78,31 @@ class ProcessComm:
         if send_sizes is None or receive_sizes is None:
             send_sizes = receive_sizes = [x.shape[0] // self.sizes[axis]] * self.sizes[axis]
         carried = _carrier(x)
-        received = _plain(_torch.all_to_all, carried, list(receive_sizes), list(send_sizes), self.groups[axis])
+        received = self._plain(_torch.all_to_all, carried, list(receive_sizes), list(send_sizes), self.groups[axis])
         return received if carried is x else _uncarry(received, x.dtype)
 
     def wait(self, x: Tensor) -> Tensor:
-        return _plain(_torch.wait_tensor, x)
+        return self._plain(_torch.wait_tensor, x)
 
+    def _plain(self, operator: Callable[..., Any], x: Tensor, *args: Any) -> Tensor:
+        """A functional collective, or the wait for it, without autograd, whose part the functions of `collectives` do.
 
-def _plain(operator: Callable[..., Any], x: Tensor, *args: Any) -> Tensor:
-    """A functional collective, or the wait for it, without autograd, whose part the functions of `collectives` do.
-
-    PyTorch's own autograd layer over these operators is written in Python and costs more than exchanging 32 KB does.
-    """
-    if torch.compiler.is_compiling():
-        result: Tensor = operator(x, *args)
+        PyTorch's own autograd layer over these operators is written in Python and costs more than exchanging 32 KB does.
+        """
+        if torch.compiler.is_compiling():
+            result: Tensor = operator(x, *args)
+            return result
+        try:
+            with _torch.below_autograd():
+                result = operator(x, *args)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise AutotpError(
+                f"an exchange between the {self.ranks} failed, as one of them has died, hangs or does something else: look for the first "
+                f"error among their outputs, and start again from the last checkpoint ({_first_line(error)})"
+            ) from error
         return result
-    with _torch.below_autograd():
-        result = operator(x, *args)
-    return result
 
 
 def _carrier(x: Tensor) -> Tensor:
@@ -103,6 +116,10 @@ def _carrier(x: Tensor) -> Tensor:
 
 def _uncarry(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(x) if dtype.is_complex else x.view(dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 # ---- primitives over exchanges --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,12 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from autotp._torch import dtensor_wrapper, gradient_hooks, local_of, tree_unflatten
 from autotp.errors import AutotpError
+from autotp.runtime.agreement import agree_on
 from autotp.runtime.arguments import Arguments
 from autotp.runtime.collectives import bind
 from autotp.runtime.comm import ProcessComm
 from autotp.runtime.exact_random import ExactCall, check_in_step, random_state, set_random_state
 from autotp.runtime.function import plain_function
 from autotp.runtime.optimizers import check_step, watch_steps
+from autotp.runtime.outer import lies_alike, unsharded
 from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
 from autotp.sharded import Sharded, StateSpec
 
@@ -85,7 +87,7 @@ class ParallelModule(Container):
                 raise AutotpError(
                     f"'{name}' is tied to '{first}', which is no state of the graph; tie it to {sorted(held)[:5]}"
                 )
-            self._register(name, held[first].shown, held[first].spec)
+            held[first].ties.append(self._register(name, held[first].shown, held[first].spec))
         unknown = sorted(set(values) - set(held) - set(aliases))
         if unknown:
             raise AutotpError(f"a value is given for '{unknown[0]}', which is no state of the graph; leave it out")
@@ -104,6 +106,7 @@ class ParallelModule(Container):
         self._split = {id(slot.shown): slot.spec.name for slot in self._held if slot.spec.kind == "parameter" and slot.spec.layout.splits}
         self._checked = WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]]()
         watch_steps(self)
+        self._met: set[tuple[torch.Size, ...]] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, in the structure that it returns.
@@ -121,8 +124,10 @@ class ParallelModule(Container):
                 f"or make the model parallel again after .{modes[1]}()"
             )
         inputs = self._arguments.match(args, kwargs)
-        if self._exact and not torch.compiler.is_compiling():
-            check_in_step(self._device_mesh)
+        if not torch.compiler.is_compiling():
+            self._meet(inputs)
+            if self._exact:
+                check_in_step(self._device_mesh)
         # what autograd keeps of a buffer that changes below must keep its old values
         state = [slot.read().clone() if slot.changes else slot.read() for slot in self._held]
         results = self._run(*state, *inputs)
@@ -135,11 +140,6 @@ class ParallelModule(Container):
                     if value is not buffer:  # as it is where the graph writes in place
                         buffer.copy_(value)
         return tree_unflatten(leaves, self._sharded.out_spec)
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The mesh that it runs on."""
-        return self._device_mesh
 
     def spec_of(self, parameter: Tensor) -> StateSpec:
         """The name, global type and layout of one of the parameters.
@@ -165,16 +165,31 @@ class ParallelModule(Container):
             check_step(optimizer, self._split, self._device_mesh)
             self._checked[optimizer] = sizes
 
+    def _meet(self, inputs: Sequence[Tensor]) -> None:
+        """Before the first exchange for inputs of these sizes: do all ranks call with the same?"""
+        sizes = tuple(tensor.shape for tensor in inputs)
+        if sizes in self._met:
+            return
+        names = [spec.name for spec in self._sharded.inputs]
+        said = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, sizes, strict=True))
+        agree_on({"the input of this call": said}, self._device_mesh)
+        self._met.add(sizes)
+
     def full_state_dict(self) -> dict[str, Tensor]:
         """The `state_dict` of the original model: plain full tensors on every rank. All ranks must call it."""
-        gathered: dict[int, Tensor] = {}
-        shown = {id(slot.shown): slot for slot in self._held}
-        state = self.state_dict(keep_vars=True)
-        for tensor in state.values():
-            if id(tensor) not in gathered:
-                slot = shown[id(tensor)]
-                gathered[id(tensor)] = gather_full(slot.leaf, slot.spec, self._device_mesh)
-        return {name: gathered[id(tensor)] for name, tensor in state.items()}
+        slots = {slot.spec.name: slot for slot in self._held}
+        firsts = {name: self._aliases.get(name, name) for name in self.state_dict(keep_vars=True)}
+        gathered: dict[str, Tensor] = {}
+        with unsharded(self):
+            for first in dict.fromkeys(firsts.values()):
+                slots[first].follow()
+                gathered[first] = gather_full(slots[first].leaf, slots[first].spec, self._device_mesh)
+        return {name: gathered[first] for name, first in firsts.items()}
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The ranks that run the module."""
+        return self._device_mesh
 
     def random_state(self) -> dict[str, Tensor]:
         """Where the random numbers of the forward stand, uint8 tensors for a checkpoint; the same on every rank and any mesh.
@@ -226,16 +241,13 @@ class ParallelModule(Container):
     def _hold(self, spec: StateSpec, local: Tensor) -> _Slot:
         """Register the local tensor as what users see, and the leaf that the graph reads."""
         if spec.kind == "constant":
-            return _Slot({spec.name: local}, spec.name, spec, local, local)
+            return _Slot({spec.name: local}, spec.name, spec, local)
         wrap = dtensor_wrapper(self._device_mesh, placements(spec.layout), spec.type.hint, spec.type.dtype)
         if spec.kind == "buffer":
             shown = wrap(local) if spec.layout.splits else local
-            return _Slot(*self._register(spec.name, shown, spec), spec, shown, local)
+            return _Slot(*self._register(spec.name, shown, spec), spec, shown)
         parameter = nn.Parameter(wrap(local), requires_grad=spec.type.requires_grad)
-        leaf: Any = local_of(parameter).detach()
-        if spec.type.requires_grad:
-            leaf.requires_grad_().register_post_accumulate_grad_hook(_gradient_mover(parameter, wrap))
-        return _Slot(*self._register(spec.name, parameter, spec), spec, parameter, leaf)
+        return _Slot(*self._register(spec.name, parameter, spec), spec, parameter, wrap)
 
     def _register(self, name: str, tensor: Tensor, spec: StateSpec) -> tuple[Mapping[str, Any], str]:
         """Put a tensor under its dotted name; the dict that now holds it, and its key there."""
@@ -253,33 +265,65 @@ def graphs_of(module: nn.Module) -> list[nn.Module]:
 
 
 class _Slot:
-    """One state tensor: `shown` is registered as `owner[key]`, the graph reads `leaf`; both lie on the same storage."""
+    """One state tensor: `shown` is registered as `owner[key]`, the graph reads `leaf`; both lie on the same storage.
 
-    def __init__(self, owner: Mapping[str, Any], key: str, spec: StateSpec, shown: Tensor, leaf: Tensor) -> None:
-        self.owner, self.key, self.spec, self.shown, self.leaf = owner, key, spec, shown, leaf
-        self.local = local_of(shown) if isinstance(shown, DTensor) else None
-        self.frozen = leaf.detach() if leaf.requires_grad else leaf
+    `wrap` shows a gradient of the leaf as one of the parameter.
+    """
+
+    def __init__(
+        self, owner: Mapping[str, Any], key: str, spec: StateSpec, shown: Tensor, wrap: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.owner, self.key, self.spec, self.wrap = owner, key, spec, wrap
+        self.ties: list[tuple[Mapping[str, Any], str]] = []
         self.changes = False
+        self._take(shown)
+
+    def _take(self, shown: Tensor) -> None:
+        self.shown = shown
+        self.local = local_of(shown) if isinstance(shown, DTensor) else None
+        self.leaf = shown if self.local is None else self.local
+        if isinstance(shown, nn.Parameter):
+            self.leaf = self.leaf.detach()
+        if self.wrap is not None and self.spec.type.requires_grad:
+            self.leaf.requires_grad_().register_post_accumulate_grad_hook(_gradient_mover(shown, self.wrap))
+        self.frozen = self.leaf.detach() if self.leaf.requires_grad else self.leaf
+
+    def follow(self) -> None:
+        """Look at what is registered now: `fully_shard`, for one, puts gathered parameters in the place of others.
+
+        Raises:
+            AutotpError: it is a tensor that does not lie as the graph needs it.
+        """
+        held: Any = self.owner.get(self.key)
+        if held is self.shown and (self.local is None or local_of(held) is self.local):
+            return
+        tied = all(owner.get(key) is held for owner, key in self.ties)
+        if isinstance(held, DTensor) and isinstance(self.shown, DTensor) and held.device_mesh != self.shown.device_mesh:
+            raise AutotpError(
+                f"fully_shard has {self.spec.kind} '{self.spec.name}' in pieces; apply it to the parallel module as a whole, not to parts "
+                "of it, and call that module"
+            )
+        if held is self.shown or self.wrap is None or not tied or not lies_alike(held, self.shown):
+            raise AutotpError(
+                f"{self.spec.kind} '{self.spec.name}' was replaced by another tensor, which the graph does not read; copy new "
+                f"values into it instead, with load_state_dict() or, under torch.no_grad(), copy_()"
+            )
+        self._take(held)
 
     def read(self) -> Tensor:
         """What the graph computes with: the leaf, or its values alone where users froze the parameter."""
-        shown, spec = self.shown, self.spec
-        if self.owner.get(self.key) is not shown or (self.local is not None and local_of(shown) is not self.local):
-            raise AutotpError(
-                f"{spec.kind} '{spec.name}' was replaced by another tensor, which the graph does not read; copy new "
-                f"values into it instead, with load_state_dict() or, under torch.no_grad(), copy_()"
-            )
-        if not shown.requires_grad:
+        self.follow()
+        if not self.shown.requires_grad:
             return self.frozen
-        if not spec.type.requires_grad:
+        if not self.spec.type.requires_grad:
             raise AutotpError(
-                f"{spec.kind} '{spec.name}' was frozen when the model was traced, so the graph has no gradient for it; "
+                f"{self.spec.kind} '{self.spec.name}' was frozen when the model was traced, so the graph has no gradient for it; "
                 f"call requires_grad_(False) on it, or make the model parallel again with it trainable"
             )
         return self.leaf
 
 
-def _gradient_mover(parameter: nn.Parameter, wrap: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+def _gradient_mover(parameter: Tensor, wrap: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
     """A hook for the local leaf that adds each new gradient to `parameter.grad`, as autograd would have done."""
 
     def move(leaf: Tensor) -> None:

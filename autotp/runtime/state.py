@@ -161,6 +161,10 @@ def _cut_values(
         value, held = state_dict[name], module._parameters.get(key, module._buffers.get(key))
         if not isinstance(held, DTensor) or not isinstance(value, Tensor) or tuple(value.shape) != spec.type.hint:
             continue
+        if held.device_mesh != device_mesh:  # fully_shard has it
+            if isinstance(value, DTensor) and value.device_mesh == held.device_mesh:
+                continue
+            raise AutotpError(f"fully_shard has the parameter '{name}' now; load full values before it, or what this state_dict() gave")
         if not isinstance(value, DTensor):
             local = local_part(value, spec.layout, tuple(device_mesh.shape), _coordinate(device_mesh))
             state_dict[name] = dtensor_wrapper(device_mesh, held.placements, spec.type.hint, value.dtype)(local)

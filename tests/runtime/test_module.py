@@ -343,7 +343,7 @@ def test_replaced_and_converted_state_is_refused(mesh: DeviceMesh) -> None:
     with pytest.raises(AutotpError, match="outside the memory that the forward reads"):
         module.load_state_dict(module.state_dict(), assign=True)
     module(X)
-    module.scale = nn.Parameter(module.scale.detach().clone())
+    module.scale = nn.Parameter(module.scale.to_local().detach().clone())
     with pytest.raises(AutotpError, match="parameter 'scale' was replaced"):
         module(X)
     module = parallel(make_model(), mesh)
@@ -354,6 +354,23 @@ def test_replaced_and_converted_state_is_refused(mesh: DeviceMesh) -> None:
     module.shift = torch.zeros(6, dtype=torch.float64)
     with pytest.raises(AutotpError, match="buffer 'shift' was replaced"):
         module(X)
+
+
+def test_a_parameter_that_lies_alike_may_take_another_s_place(mesh: DeviceMesh) -> None:
+    """As `fully_shard` does: the graph reads it, and it gets the gradient."""
+    model = make_model()
+    module = parallel(model, mesh)
+    module(X)
+    first = module.scale
+    module.scale = nn.Parameter(first.detach() * 2)
+    with torch.no_grad():
+        model.scale.mul_(2)
+    found, wanted = module(X), model(X)
+    assert_same(found, wanted)
+    for output in (found, wanted):
+        (output.hidden.sum() + output.logits.sum()).backward()
+    assert first.grad is None
+    torch.testing.assert_close(module.scale.grad.to_local(), model.scale.grad)
 
 
 def test_it_compiles_without_graph_breaks(mesh: DeviceMesh) -> None:
