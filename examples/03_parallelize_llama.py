@@ -1,4 +1,4 @@
-"""Train a tiny GPT-2 on CPU ranks, beside the same model on one device: `torchrun --nproc-per-node 2 examples/03_train_gpt2.py`.
+"""Train a tiny Llama on CPU ranks, beside the same model on one device: `torchrun --nproc-per-node 2 examples/03_parallelize_llama.py`.
 
 The pins ask for Megatron's pattern, which the planner would find by itself for a model that is large enough for it to pay.
 The optimizer, gradient clipping and the training loop are ordinary PyTorch.
@@ -6,18 +6,17 @@ The optimizer, gradient clipping and the training loop are ordinary PyTorch.
 
 import torch
 import torch.distributed as dist
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import autotp
 
-PINS = {"*.c_attn": "column", "*.attn.c_proj": "row", "*.c_fc": "column", "*.mlp.c_proj": "row"}
+COLUMN, ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+PINS = {f"*.{name}": "column" for name in COLUMN} | {f"*.{name}": "row" for name in ROW}
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)  # every rank builds the same model and the same data
-sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 257, "n_positions": 32}
-no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-tokens_to_end = {"bos_token_id": 0, "eos_token_id": 0}
-one = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout, **tokens_to_end)).train()
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 257, "max_position_embeddings": 32}
+one = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4)).train()
 batch = torch.randint(257, (4, 32))
 
 many = autotp.parallelize(one, kwargs={"input_ids": batch, "labels": batch}, pins=PINS)

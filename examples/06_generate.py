@@ -1,4 +1,4 @@
-"""Generate text with a tiny Llama on CPU ranks: `torchrun --nproc-per-node 2 examples/05_generate.py`.
+"""Generate text with a tiny Llama on CPU ranks: `torchrun --nproc-per-node 2 examples/06_generate.py`.
 
 Prefill and decode are two parallel modules on the same weights and the same key/value cache, which the pins ask to split by heads
 (column, column, column, row), as the planner does by itself for a model that is large enough for it to pay.

@@ -1,4 +1,4 @@
-"""An operator of one's own, split like any other: `torchrun --nproc-per-node 2 examples/04_own_operator.py`.
+"""An operator of one's own, split like any other: `torchrun --nproc-per-node 2 examples/07_own_operator.py`.
 
 The operator is a leaky sum over time, y[t] = decay * y[t - 1] + x[t], as state-space models have it. One line tells autotp how it
 may be split, one line proves that line, and the planner uses it from then on. docs/rules.md explains the notation.

@@ -25,15 +25,21 @@ TEARDOWN = "terminate called without an active exception"
 """What the teardown of Gloo's threads in torch sometimes says of a process that has finished, with or without autotp."""
 
 
-def torchrun(script: str, attempts: int = 5) -> str:
-    """What a script prints on two CPU ranks. Only if torch's own teardown aborts it, it is run again."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / script)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def torchrun(script: str, *arguments: str, ranks: int = 2, attempts: int = 5) -> str:
+    """What a script prints on CPU ranks. Only if torch's own teardown aborts it, it is run again."""
+    ran = subprocess.run(command(script, *arguments, ranks=ranks), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     if ran.returncode and TEARDOWN in ran.stderr and "Traceback" not in ran.stderr.partition(TEARDOWN)[0] and attempts > 1:
-        return torchrun(script, attempts - 1)
+        return torchrun(script, *arguments, ranks=ranks, attempts=attempts - 1)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
+
+
+def command(script: str, *arguments: str, ranks: int, restarts: int = 0) -> list[str]:
+    options = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(EXAMPLES / script), *arguments]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def test_parallelize_mlp() -> None:
@@ -43,23 +49,36 @@ def test_parallelize_mlp() -> None:
     assert "outputs and trained weights equal those of one device" in printed
 
 
-def test_train_gpt2() -> None:
-    printed = torchrun("03_train_gpt2.py")
+def test_parallelize_llama() -> None:
+    printed = torchrun("03_parallelize_llama.py")
     assert "step 4" in printed
     assert "the losses are equal" in printed
 
 
+def test_two_axes() -> None:
+    printed = torchrun("05_two_axes.py", ranks=4)
+    assert "rank 3 is at {'dp': 1, 'tp': 1} and holds (32, 64) of q_proj" in printed
+    assert "step 2" in printed
+
+
+def test_generate() -> None:
+    printed = torchrun("06_generate.py")
+    assert "keys of the first layer: (3, 2, 64, 8) on each rank" in printed
+    assert "the greedy tokens equal those of one device" in printed
+
+
 def test_own_operator() -> None:
-    printed = torchrun("04_own_operator.py")
+    printed = torchrun("07_own_operator.py")
     assert "mylib.leaky_sum.default" in printed
     assert "leaky_sum  column" in printed
     assert "outputs and gradients equal those of one device" in printed
 
 
-def test_generate() -> None:
-    printed = torchrun("05_generate.py")
-    assert "keys of the first layer: (3, 2, 64, 8) on each rank" in printed
-    assert "the greedy tokens equal those of one device" in printed
+def test_own_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "08_own_cluster.py"))
+    printed = capsys.readouterr().out
+    infiniband, ethernet = (float(line.split(": ")[1].split(" ms")[0]) for line in printed.splitlines())
+    assert infiniband < ethernet
 
 
 def test_every_example_is_tested() -> None:
