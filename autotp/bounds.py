@@ -11,13 +11,14 @@ multiplier), for any value of which the bounds hold.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 
 import numpy
 from numpy.typing import NDArray
 
+from autotp.dual import Multipliers
 from autotp.problem import Link, Problem, Saved
 
 Vector = NDArray[numpy.float64]
@@ -197,7 +198,7 @@ class State:
 
 
 class Ascent:
-    """A problem's parts at one price per byte, and the moves between them."""
+    """A problem's parts at some multipliers, and the moves between them."""
 
     def __init__(self, problem: Problem, allowed: Sequence[Index]) -> None:
         self.problem, self.allowed = problem, allowed
@@ -226,35 +227,31 @@ class Ascent:
         for place, overlap in enumerate(problem.overlaps):
             for choice, one in overlap.compute.items():
                 self.beside[choice].append((place, numpy.array([one[s] for s in allowed[choice]])))
-        self.shares = (0.0,) * len(problem.overlaps)
-        self.per_byte = 0.0
+        self.multipliers = Multipliers(0.0, (0.5,) * len(problem.overlaps))
         self.barred: dict[int, Mask] = {}
         self.set_prices()
 
-    def at(self, per_byte: float, barred: dict[int, Mask], shares: tuple[float, ...]) -> Ascent:
-        """The same parts at another price per byte, without the strategies barred of some choices.
-
-        Args:
-            shares: of each overlap, the share of its conversions that is paid for, in place of as large a share of its compute.
-        """
+    def at(self, multipliers: Multipliers, barred: dict[int, Mask]) -> Ascent:
+        """The same parts at other multipliers, without the strategies barred of some choices."""
         other = copy.copy(self)
-        other.per_byte, other.barred, other.shares = per_byte, barred, shares
+        other.multipliers, other.barred = multipliers, barred
         other.set_prices()
         return other
 
     def set_prices(self) -> None:
         """Seconds of choices and conversions, with what their bytes cost."""
-        self.price: list[Pair] = [star.prices(self.per_byte, self.shares) for star in self.stars]
-        self.own = [seconds + self.per_byte * size for seconds, size in zip(self.seconds, self.bytes, strict=True)]
+        per_byte, shares = self.multipliers.per_byte, self.multipliers.shares
+        self.price: list[Pair] = [star.prices(per_byte, shares) for star in self.stars]
+        self.own = [seconds + per_byte * size for seconds, size in zip(self.seconds, self.bytes, strict=True)]
         for choice, beside in enumerate(self.beside):
             for overlap, hidden in beside:
-                self.own[choice] -= self.shares[overlap] * hidden
+                self.own[choice] -= shares[overlap] * hidden
         for choice, saved in self.own_saved.items():
-            self.own[choice] += sum(numpy.minimum(self.per_byte * size, again) for size, again in saved)
+            self.own[choice] += sum(numpy.minimum(per_byte * size, again) for size, again in saved)
         for choice, barred in self.barred.items():
             self.own[choice] = self.own[choice] + IMPOSSIBLE * barred
         limit = self.problem.limit
-        self.constant = self.per_byte * (self.least_working - limit) if limit is not None else 0.0
+        self.constant = per_byte * (self.least_working - limit) if limit is not None else 0.0
 
     def _neighbours(self, sign: int) -> list[list[tuple[int, int]]]:
         """For every choice, its stars that reach a choice which comes later (earlier, for sign -1)."""
@@ -355,6 +352,20 @@ class Ascent:
             found += float(total.min()) + sum(self.least_of(state, prices, number) for number in stars) - before
             result.append(found - total.min() + total)
         return result
+
+    def sides(self, near: Sequence[Mask]) -> Iterator[tuple[int, int, Vector]]:
+        """A choice, an overlap, and what each strategy adds to one of its sides: compute, or the least conversions.
+
+        Args:
+            near: of each choice the strategies that others may meet.
+        """
+        for choice, beside in enumerate(self.beside):
+            for overlap, seconds in beside:
+                yield choice, overlap, seconds
+        for star in self.stars:
+            wanted = numpy.unique(numpy.concatenate([at[near[choice]] for choice, at in zip(star.ends[1:], star.at[1:], strict=True)]))
+            for overlap, moved in star.beside:
+                yield star.ends[0], overlap, moved[:, wanted].min(1)[star.at[0]]
 
     def plan(self, state: State, order: Sequence[int]) -> list[int]:
         """Places of strategies: choice by choice, the best in view of what is chosen already and of the bounds for what is not."""

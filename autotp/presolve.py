@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy
 
-from autotp.bounds import TIE, Ascent, Index, Mask, State, Vector
-from autotp.problem import Matrix, Problem, bytes_of, conversions_of, fits, seconds_of, sides_of, versions_of
+from autotp.bounds import TIE, Ascent, Index, Mask, State
+from autotp.dual import Line, Multipliers, highest, line
+from autotp.problem import Matrix, Problem, bytes_of, fits, seconds_of
 
 SWEEPS = 4
 """Sweeps there and back over the choices between two looks at the bound."""
@@ -24,9 +26,7 @@ DEAREST = 1e-3
 MANY = 0.8
 """The problem is made smaller before branching if no more than this part of its strategies is left."""
 PRICES = 10
-"""How many prices per byte are tried at most between two decisions."""
-TRIES = 8
-"""How often the shares of overlaps are halved."""
+"""How many multipliers are tried at most between two decisions."""
 PROGRESS = 0.02
 """The part of the distance between bound and plan that a look, or another price, must gain for it to go on."""
 
@@ -61,7 +61,7 @@ def smallest(problem: Problem) -> tuple[int, ...]:
     """A choice with a small peak, near the smallest where no solver can say it: found at a price at which nothing counts but bytes."""
     search = _Search(replace(problem, limit=0.0), 0.0, numpy.inf, 0)
     parts = Ascent(search.problem, search.allowed)
-    search.climb(parts.at(DEAREST, {}, parts.shares), parts.start())
+    search.climb(parts.at(replace(parts.multipliers, per_byte=DEAREST), {}), parts.start())
     return min(search.lines, key=lambda chosen: bytes_of(search.problem, chosen))
 
 
@@ -83,39 +83,19 @@ def presolve(problem: Problem, gap: float, time_limit: float, branches: int = 24
     return Presolved(reduced, search.chosen, search.bound - ties)
 
 
-@dataclass(frozen=True, eq=False)
-class _Line:
-    """What a plan costs at a price per byte: its time, what is made again because that is cheaper, and all bytes beyond the limit."""
-
-    chosen: tuple[int, ...]
-    seconds: float
-    beyond: float
-    sizes: Vector
-    again: Vector
-
-    def at(self, per_byte: float) -> float:
-        """Seconds at a price per byte."""
-        return self.seconds + per_byte * self.beyond + float(numpy.minimum(per_byte * self.sizes, self.again).sum())
-
-    def slope(self, per_byte: float) -> float:
-        """Bytes beyond the limit that are paid for at a price."""
-        return self.beyond + float(self.sizes[per_byte * self.sizes < self.again].sum())
-
-
 @dataclass
 class _Node:
     """A part of the search: some strategies barred, some buckets decided; its bound, and the prices and moved amounts that prove it."""
 
     bound: float
-    per_byte: float
+    multipliers: Multipliers
     barred: dict[int, Mask]
     state: State
-    shares: tuple[float, ...]
 
 
 @dataclass
 class _Search:
-    """Prices per byte and branching, with the best plan and the bound so far."""
+    """Multipliers and branching, with the best plan and the bound so far."""
 
     problem: Problem
     gap: float
@@ -127,8 +107,7 @@ class _Search:
     chosen: tuple[int, ...] | None = None
     seconds: float = numpy.inf
     bound: float = 0.0
-    lines: dict[tuple[int, ...], _Line] = field(default_factory=dict)
-    last: tuple[int, ...] = ()
+    lines: dict[tuple[int, ...], Line] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.allowed = [numpy.array(choice.allowed, dtype=numpy.int64) for choice in self.problem.choices]
@@ -137,33 +116,34 @@ class _Search:
     def run(self) -> None:
         """Find bound and plan, and leave out what cannot win."""
         self.parts = Ascent(self.problem, self.allowed)
-        root = _Node(0.0, 0.0, {}, self.parts.start(), self.parts.shares)
+        root = _Node(0.0, self.parts.multipliers, {}, self.parts.start())
         root.bound = self.climb(self.parts, root.state)
         if self.problem.limit is not None and self.chosen is None:  # can it be kept?
-            dear = self.parts.at(DEAREST, {}, root.shares)
+            dear = self.parts.at(replace(root.multipliers, per_byte=DEAREST), {})
             least = self.climb(dear, dear.start())
             if least > most(self.problem):
                 self.bound = least
                 return
-        self.balance(root)
-        self.tune(root)
-        self.bound = root.bound
-        if self.drop(root) and not self.closed(root.bound):
+        looks = [root, *self.tune(root)]
+        while self.drop(looks) and not self.over():
+            self.bound = root.bound
             self.allowed = list(self.kept)
             self.parts = Ascent(self.problem, self.allowed)
             root.state = self.parts.start()
             root.bound = max(root.bound, self.climb(self.at(root), root.state))
-            self.tune(root)
+            looks = [root, *self.tune(root)]
+        self.bound = root.bound
         self.branch(root)
-        self.drop(root)
 
     def at(self, node: _Node) -> Ascent:
         """The parts of the problem as a node has them."""
-        return self.parts.at(node.per_byte, node.barred, node.shares)
+        return self.parts.at(node.multipliers, node.barred)
 
     def has(self, node: _Node, chosen: tuple[int, ...]) -> bool:
         """Whether a plan belongs to a node."""
-        return not any(barred[self.parts.places[choice].get(chosen[choice], 0)] for choice, barred in node.barred.items())
+        if any(strategy not in places for strategy, places in zip(chosen, self.parts.places, strict=True)):
+            return False
+        return not any(barred[self.parts.places[choice][chosen[choice]]] for choice, barred in node.barred.items())
 
     def closed(self, bound: float) -> bool:
         """Whether plans above this bound need no more search."""
@@ -175,117 +155,79 @@ class _Search:
 
     def climb(self, ascent: Ascent, state: State) -> float:
         """Raise the bound of a state until that no longer pays, making plans on the way."""
-        found = -numpy.inf
+        found, least = -numpy.inf, numpy.inf
         while True:
             for _ in range(SWEEPS):
                 ascent.sweep(state)
             before, found = found, max(found, ascent.bound(state))
-            self.offer(ascent, state)
+            least = min(least, self.offer(ascent, state))
             if self.closed(found) or self.over():
                 return found
-            if found - before <= self.worth(found):
+            if found - before <= self.worth(found, least):
                 return found
 
-    def worth(self, bound: float) -> float:
-        """Seconds that a bound must still gain for the ascent to go on."""
-        return max(PROGRESS * (self.seconds - bound) if self.chosen else 0.0, 1e-6 * abs(bound))
+    def worth(self, bound: float, ceiling: float = numpy.inf) -> float:
+        """Seconds that a bound must still gain for the ascent to go on; where no plan is known, in view of a ceiling of the bound."""
+        ceiling = self.seconds if self.chosen else ceiling
+        return max(PROGRESS * (ceiling - bound) if ceiling < numpy.inf else 0.0, 1e-6 * abs(bound))
 
-    def offer(self, ascent: Ascent, state: State) -> None:
-        """Make plans from a state and keep the best."""
-        order = range(len(self.allowed))
+    def offer(self, ascent: Ascent, state: State) -> float:
+        """Make plans from a state and keep the best; what the cheapest of them costs at the multipliers of the ascent."""
+        order, least = range(len(self.allowed)), numpy.inf
         for one in (order, order[::-1]):
             chosen = tuple(int(some[place]) for some, place in zip(self.allowed, ascent.plan(state, one), strict=True))
-            self.last = chosen
-            if chosen in self.lines:
-                continue
-            self.lines[chosen] = self.line(chosen)
-            found = seconds_of(self.problem, chosen)
-            if found < self.seconds and fits(self.problem, chosen):
-                self.chosen, self.seconds = chosen, found
+            if chosen not in self.lines:
+                self.lines[chosen] = line(self.problem, chosen)
+                found = seconds_of(self.problem, chosen)
+                if found < self.seconds and fits(self.problem, chosen):
+                    self.chosen, self.seconds = chosen, found
+            least = min(least, self.lines[chosen].at(ascent.multipliers))
+        return least
 
-    def line(self, chosen: tuple[int, ...]) -> _Line:
-        """What a plan costs at any price per byte."""
-        free = replace(self.problem, limit=None)
-        versions = list(versions_of(free, chosen)) if self.problem.limit is not None else []
-        sizes, again = numpy.array([v.bytes for v in versions]), numpy.array([v.again for v in versions])
-        beyond = bytes_of(free, chosen) - float(sizes.sum()) - (self.problem.limit or 0.0)
-        return _Line(chosen, seconds_of(free, chosen), beyond, sizes, again)
+    def tune(self, node: _Node) -> list[_Node]:
+        """Raise a node's bound by other multipliers: on the way to where the plans known cost most (Kelley 1960).
 
-    def tune(self, node: _Node) -> None:
-        """Raise a node's bound by the price per byte: the next one to try is where the plans known cost most (Kelley 1960)."""
-        if self.problem.limit is None:
-            return
-        tried, too_dear = [node.per_byte], numpy.inf
-        for _ in range(PRICES):
+        Half the way where the bound is lower there: plans made in view of bounds need not be the cheapest, and say less than they should.
+        Returns the node at all multipliers that were tried.
+        """
+        step = 1.0
+        tried: list[_Node] = []
+        while len(tried) < PRICES and (self.problem.limit is not None or self.problem.overlaps):
             if self.closed(node.bound) or self.over():
-                return
-            price, top = self.dearest(node)
+                break
+            lines = [one for one in self.lines.values() if self.has(node, one.chosen)]
+            if not lines:
+                break
+            point, top = highest(lines, node.multipliers, 8 * node.multipliers.per_byte + self.first_price())
             if top - node.bound <= self.worth(node.bound):
-                return
-            if price >= too_dear:  # the plans known do not tell that: no plan made so far is as small as the bounds allow
-                price = (node.per_byte * too_dear) ** 0.5 or too_dear / 8
-            if any(abs(price - other) <= 0.02 * price for other in tried):
-                return
-            tried.append(price)
-            before, state = node.per_byte, node.state.copy()
-            found = self.climb(self.parts.at(price, node.barred, node.shares), state)
+                break
+            multipliers, state = node.multipliers.towards(point, step), node.state.copy()
+            if any(multipliers.near(other) for other in (node.multipliers, *(one.multipliers for one in tried))):
+                break
+            found = self.climb(self.parts.at(multipliers, node.barred), state)
+            tried.append(replace(node, bound=found, multipliers=multipliers, state=state))
             if found > node.bound:
-                node.bound, node.per_byte, node.state = found, price, state
-            elif price > before:
-                too_dear = price
-
-    def balance(self, node: _Node) -> None:
-        """Raise a node's bound by the shares of overlaps: halving between those at which plans convert too much, and too little."""
-        shares, state = node.shares, node.state
-        low, high = [0.0] * len(shares), [1.0] * len(shares)
-        for _ in range(TRIES):
-            if not self.last or self.closed(node.bound) or self.over():
-                return
-            used = conversions_of(self.problem, self.last)
-            for place, overlap in enumerate(self.problem.overlaps):
-                compute, moved = sides_of(overlap, self.last, used)
-                (low if moved > compute else high)[place] = shares[place]
-            halved = tuple((least + most) / 2 for least, most in zip(low, high, strict=True))
-            if halved == shares:
-                return
-            shares, state = halved, state.copy()
-            found = self.climb(self.parts.at(node.per_byte, node.barred, shares), state)
-            if found > node.bound:
-                node.bound, node.shares, node.state = found, shares, state
-
-    def dearest(self, node: _Node) -> tuple[float, float]:
-        """The price per byte at which the cheapest of the plans known costs most, and that cost."""
-        lines = [line for line in self.lines.values() if self.has(node, line.chosen)]
-        if not lines:
-            return node.per_byte, node.bound
-
-        def cheapest(price: float) -> tuple[float, _Line]:
-            return min(((line.at(price), line) for line in lines), key=lambda pair: pair[0])
-
-        low, high = 0.0, node.per_byte or self.first_price()
-        while cheapest(high)[1].slope(high) > 0:
-            if high >= 8 * node.per_byte + self.first_price():  # so far no plan is small enough
-                return high, numpy.inf
-            low, high = high, 4 * high
-        for _ in range(40):
-            price = (low + high) / 2
-            low, high = (price, high) if cheapest(price)[1].slope(price) > 0 else (low, price)
-        return high, cheapest(high)[0]
+                node.bound, node.multipliers, node.state, step = found, multipliers, state, min(1.0, 2 * step)
+            else:
+                step /= 2
+        return tried
 
     def first_price(self) -> float:
         """Seconds per byte to begin with: all that can be gained for all the bytes there are."""
         spread = sum(max(choice.seconds) - min(choice.seconds) for choice in self.problem.choices)
         return max(self.bound + spread, 1e-9) / max(self.problem.limit or 0.0, 1.0)
 
-    def drop(self, node: _Node) -> bool:
-        """Leave out the strategies whose bound exceeds the plan found; whether these are many."""
-        if self.chosen is None:
+    def drop(self, looks: Sequence[_Node]) -> bool:
+        """Leave out the strategies whose bound, at any multipliers that were tried, exceeds the plan found; whether these are many."""
+        if self.chosen is None or self.closed(self.bound):
             return False
-        ascent = self.at(node)
-        bounds_of = ascent.bounds(node.state.copy(), ascent.bound(node.state))
-        for choice, (strategies, bounds) in enumerate(zip(self.allowed, bounds_of, strict=True)):
-            keep = (bounds <= self.seconds * (1 + 1e-9)) | (strategies == self.chosen[choice])
-            self.kept[choice] = strategies[keep]
+        keep = [strategies == strategy for strategies, strategy in zip(self.allowed, self.chosen, strict=True)]
+        wins = [numpy.ones(len(strategies), dtype=bool) for strategies in self.allowed]
+        for node in looks:
+            ascent = self.at(node)
+            for may, bounds in zip(wins, ascent.bounds(node.state.copy(), ascent.bound(node.state)), strict=True):
+                may &= bounds <= self.seconds * (1 + 1e-9)
+        self.kept = [strategies[one | may] for strategies, one, may in zip(self.allowed, keep, wins, strict=True)]
         return sum(map(len, self.kept)) < MANY * sum(map(len, self.allowed))
 
     def branch(self, root: _Node) -> None:
@@ -306,11 +248,11 @@ class _Search:
                 heapq.heappush(heap, (child.bound, next(numbers), child))
 
     def children(self, node: _Node) -> list[_Node]:
-        """The node with a bucket paid or not, or with a choice held to few or to many bytes; none if nothing is worth it."""
+        """The node with a bucket paid or not, or with a choice held to little or to much of what is priced; none if nothing is worth it."""
         ascent = self.at(node)
         missing, bucket = self.undecided_bucket(ascent, node.state)
-        spread, choice, few = self.undecided_bytes(node, ascent)
-        if max(missing, spread) < 1e-3 * self.gap * abs(node.bound):
+        spread, choice, few = self.undecided_amount(node, ascent)
+        if max(missing, spread) <= 1e-3 * self.gap * abs(node.bound):
             return []
         if missing >= spread:
             found = []
@@ -331,15 +273,19 @@ class _Search:
         ]
         return max(open_, default=(0.0, -1))
 
-    def undecided_bytes(self, node: _Node, ascent: Ascent) -> tuple[float, int, Mask]:
-        """The choice whose strategies that can still win differ most in bytes: their price, the choice, and which have few."""
+    def undecided_amount(self, node: _Node, ascent: Ascent) -> tuple[float, int, Mask]:
+        """The choice whose strategies that can still win differ most in an amount that the multipliers price: that difference in seconds,
+        the choice, and which of its strategies have little.
+        """
         best = (0.0, -1, numpy.zeros(0, dtype=bool))
-        if not node.per_byte:
-            return best
-        for choice, bounds in enumerate(ascent.bounds(node.state.copy(), node.bound)):
-            size = ascent.bytes[choice]
-            near = size[bounds <= max(self.seconds, float(bounds.min()))]
-            low, high = float(near.min()), float(near.max())
-            if node.per_byte * (high - low) > best[0]:
-                best = node.per_byte * (high - low), choice, size <= (low + high) / 2
+        bounds = ascent.bounds(node.state.copy(), ascent.bound(node.state))
+        near = [one <= max(self.seconds, float(one.min())) for one in bounds]
+        amounts = [(node.multipliers.per_byte, choice, size) for choice, size in enumerate(ascent.bytes)]
+        for choice, number, side in ascent.sides(near):
+            share = node.multipliers.shares[number]
+            amounts.append((min(share, 1 - share), choice, side))
+        for price, choice, amount in amounts:
+            low, high = float(amount[near[choice]].min()), float(amount[near[choice]].max())
+            if price * (high - low) > best[0]:
+                best = price * (high - low), choice, amount <= (low + high) / 2
         return best
