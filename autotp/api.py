@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.batch_axes import sizes_of
@@ -19,15 +20,18 @@ from autotp.mesh import parse_mesh
 from autotp.mesh_choice import does_not_fit, plan_on
 from autotp.mesh_search import MeshSearch, Traced
 from autotp.mesh_shapes import check_devices
+from autotp.modes import OtherMode, confirm_other, layouts_at_rest, trace_other
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
+from autotp.program import Program
 from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of, state_values, weights_digest
 from autotp.recommendation import USABLE
 from autotp.rewrite import rewrite
 from autotp.runtime.agreement import agree, agree_on, is_first, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.random import seed_module
+from autotp.sharded import Sharded
 from autotp.solve import OutOfMemoryError
 from autotp.trace import trace
 
@@ -176,6 +180,17 @@ def parallelize(
     sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device, exact=exact), group)
     if not exact:
         seed_module(sharded.graph, share(int(torch.randint(2**62, ())), group))
+    trained = mode_of_graph(model, program)
+    other = None
+    if gradient and trained is not None:
+        traced = attempt(lambda: trace_other(model, args, kwargs, dynamic=decided.dynamic))
+        if isinstance(traced, Program):
+            share(attempt(lambda: confirm_other(model, traced, args, kwargs, check=check, exact=exact)) if first else None, group)
+        way = OtherMode(
+            traced, request, layouts_at_rest(space, decisions), lambda: cluster_of(cluster, device.type), name, sharded, coordinate, device,
+            lambda plan: cast(Plan, share(attempt(plan) if first else None, group)),
+        )  # fmt: skip
+        other = partial(_other_graph, way)
     return together(
         lambda: ParallelModule(
             sharded,
@@ -185,10 +200,18 @@ def parallelize(
             program.persistent,
             device,
             signature=inspect.signature(model.forward),
-            trained_mode=mode_of_graph(model, program),
+            trained_mode=trained,
+            other=other,
         ),
         group,
     )
+
+
+def _other_graph(way: OtherMode) -> tuple[Sharded, dict[str, Tensor]]:
+    """The graph of the other mode, and its constants."""
+    sharded = way.make()
+    assert isinstance(way.program, Program)
+    return sharded, {spec.name: way.program.constants[spec.name] for spec in sharded.state if spec.kind == "constant"}
 
 
 def _check_plan(plan: Plan | str | Path | None, *, alone: bool) -> None:

@@ -238,9 +238,9 @@ def _border(
 
 
 def _check_rest(context: _Context, node: Node, layout: Layout, declared: Layout | None) -> None:
-    """Parameters and buffers that the forward changes rest as I or S, other buffers and constants as I, inputs are as declared."""
+    """Parameters and buffers rest as I or S, constants as I, inputs are as declared."""
     expected = declared or context.whole
-    if node.kind == "parameter" or node.index in context.program.updated:
+    if node.kind in ("parameter", "buffer"):
         for axis, kind in enumerate(layout.kinds):
             if kind not in "IS":
                 _fail(f"{_title(node)} rests as {kind} on {context.axis(axis)}, expected I or S")

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from autotp.api import Mesh, cluster_of
-from autotp.decisions import Decisions
 from autotp.errors import AutotpError
 from autotp.key_value_cache import NAME, cache_shapes, step_inputs, with_cache
-from autotp.layouts import Layout
 from autotp.loading import PHASES, Phase
 from autotp.mesh import parse_mesh
+from autotp.modes import layouts_at_rest
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import Cluster
@@ -27,7 +26,6 @@ from autotp.rewrite import rewrite
 from autotp.runtime.agreement import Group, agree, agree_on, broadcast, is_first, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.sampling import Sampling, next_tokens
-from autotp.strategies import Space
 from autotp.trace import trace
 
 
@@ -115,7 +113,7 @@ def parallelize_generation(
             trained_mode=mode_of_graph(model, programs[phase]),
             beside=beside,
         )
-        return built, replace(request, rest=_rest(space, decisions))
+        return built, replace(request, rest=layouts_at_rest(space, decisions))
 
     decode, resting = together(lambda: module("decode", plans.decode, request, None), group)
     prefill, _ = together(lambda: module("prefill", plans.prefill, resting, decode), group)
@@ -233,18 +231,8 @@ def _plans(programs: Mapping[str, Program], request: Request, cluster: Cluster, 
     """Decode as it is best, and prefill on its layouts at rest."""
     name = type(model).__name__
     decode = make_plan(programs["decode"], request, cluster, name)
-    rest = _rest(*adopt(programs["decode"], request, decode))
+    rest = layouts_at_rest(*adopt(programs["decode"], request, decode))
     return GenerationPlans(make_plan(programs["prefill"], replace(request, rest=rest), cluster, name), decode)
-
-
-def _rest(space: Space, decisions: Decisions) -> dict[str, Layout]:
-    """Every parameter and buffer → the layout in which it rests."""
-    program, stands_for = space.program, space.folding.representative
-    return {
-        str(node.target): decisions.chosen[stands_for[node.index]].outputs[0]
-        for node in program.nodes
-        if node.kind in ("parameter", "buffer")
-    }
 
 
 def _values(model: nn.Module, program: Program) -> dict[str, Tensor]:

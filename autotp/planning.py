@@ -78,7 +78,7 @@ def prepare(program: Program, request: Request) -> tuple[Space, Border]:
     declared: dict[Ref, Layout] = {Ref(node): layout for node, layout in inputs.items()}
     declared |= {program.outputs[position]: layout for position, layout in outputs.items()}
     rest = request.rest or {}
-    held = [node for node in program.nodes if node.kind == "parameter" or node.index in program.updated]
+    held = [node for node in program.nodes if node.kind in ("parameter", "buffer")]
     resting = {node.index: rest[node.target] for node in held if node.target in rest}
     folding = fold(program)
     if any(len({resting.get(node) for node in members}) > 1 for members in folding.members.values()):

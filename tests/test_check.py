@@ -391,7 +391,7 @@ PLANTED: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     ),
     "buffer resting split": (
         lambda plan: set_node(plan, "b_scale", outputs=("S0",)),
-        r"buffer `scale` is \(S\(0\)\) on mesh axis `tp`, expected \(I\) as at rest",
+        r"tensor `b_scale` is made as \(S\(0\)\), but operand 1 of node `mul` .* expects \(I\) on mesh axis `tp`, unconverted",
     ),
     "input split but not declared": (
         lambda plan: set_node(plan, "ids", outputs=("S0",)),

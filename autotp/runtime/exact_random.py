@@ -153,21 +153,21 @@ def check_in_step(device_mesh: DeviceMesh) -> None:
         )
 
 
-def random_state(graph: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """Where the random operators of a graph stand: see `ParallelModule.random_state`. Empty if it has none."""
-    calls = [child for child in graph.modules() if isinstance(child, RandomCall)]
+def random_state(graphs: Sequence[nn.Module], device: torch.device) -> dict[str, Tensor]:
+    """Where the random operators of graphs with one stream stand: see `ParallelModule.random_state`. Empty if there are none."""
+    calls = [child for graph in graphs for child in graph.modules() if isinstance(child, RandomCall)]
     if any(isinstance(call, ExactCall) for call in calls):
         return {"generator": generator_of(device).get_state()}
     return {"seeds": calls[0].stream.state} if calls else {}
 
 
-def set_random_state(graph: nn.Module, device: torch.device, state: Mapping[str, Tensor]) -> None:
+def set_random_state(graphs: Sequence[nn.Module], device: torch.device, state: Mapping[str, Tensor]) -> None:
     """Set back what `random_state` gave.
 
     Raises:
         AutotpError: it is of another kind.
     """
-    now = random_state(graph, device)
+    now = random_state(graphs, device)
     if now.keys() != state.keys():
         raise AutotpError(
             f"the random state given has {', '.join(state) or 'nothing'}, and this module has {', '.join(now) or 'nothing'}: it was saved "
@@ -176,4 +176,4 @@ def set_random_state(graph: nn.Module, device: torch.device, state: Mapping[str,
     if "generator" in state:
         generator_of(device).set_state(state["generator"])
     if "seeds" in state:
-        next(child for child in graph.modules() if isinstance(child, RandomCall)).stream.state = state["seeds"]
+        next(child for graph in graphs for child in graph.modules() if isinstance(child, RandomCall)).stream.state = state["seeds"]

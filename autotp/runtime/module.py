@@ -50,6 +50,8 @@ class ParallelModule(Container):
         trained_mode: `training` of the traced model; None if its graph is the same in both modes.
         beside: a module on the same mesh, of another graph of the same model, whose parameters and buffers this one uses too: the
             same memory, in the same layouts. Of `values`, only the constants are then read.
+        twin: whether it is this very module, in its other mode: gradients too go to the parameters of `beside`.
+        other: makes the graph of the other mode and its constants, when the module is first called in it; all ranks then call it.
 
     Raises:
         AutotpError: the mesh, a value or an alias does not fit `sharded`.
@@ -67,6 +69,8 @@ class ParallelModule(Container):
         signature: inspect.Signature | None = None,
         trained_mode: bool | None = None,
         beside: ParallelModule | None = None,
+        twin: bool = False,
+        other: Callable[[], tuple[Sharded, Mapping[str, Tensor]]] | None = None,
     ) -> None:
         super().__init__()
         _check_mesh(sharded, device_mesh)
@@ -79,7 +83,7 @@ class ParallelModule(Container):
         slots: tuple[_Slot, ...] = () if beside is None else beside._held
         present = {slot.spec.name: slot for slot in slots if slot.spec.kind != "constant"}
         held = {
-            spec.name: self._hold(spec, self._local(spec, values, present))
+            spec.name: _twin_slot(spec, present) if twin and spec.name in present else self._hold(spec, self._local(spec, values, present))
             for spec in sorted(sharded.state, key=lambda spec: order.get(spec.name, len(order)))
         }
         for name, first in aliases.items():
@@ -105,7 +109,9 @@ class ParallelModule(Container):
         self._run = plain_function(sharded.graph)
         self._split = {id(slot.shown): slot.spec.name for slot in self._held if slot.spec.kind == "parameter" and slot.spec.layout.splits}
         self._checked = WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]]()
-        watch_steps(self)
+        self._other, self._twin = other, dict[str, ParallelModule]()
+        if not twin:
+            watch_steps(self)
         self._met: set[tuple[torch.Size, ...]] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +124,8 @@ class ParallelModule(Container):
             AutotpError: an argument, the mode or a replaced parameter does not fit the traced graph.
         """
         if self._trained_mode is not None and self.training is not self._trained_mode:
+            if self._other is not None:
+                return self._in_other_mode(self._other).forward(*args, **kwargs)
             modes = ("train", "eval") if self._trained_mode else ("eval", "train")
             raise AutotpError(
                 f"the graph was traced in {modes[0]} mode and the module is in {modes[1]} mode; call .{modes[0]}(), "
@@ -140,6 +148,24 @@ class ParallelModule(Container):
                     if value is not buffer:  # as it is where the graph writes in place
                         buffer.copy_(value)
         return tree_unflatten(leaves, self._sharded.out_spec)
+
+    def _in_other_mode(self, make: Callable[[], tuple[Sharded, Mapping[str, Tensor]]]) -> ParallelModule:
+        """This module with the graph of its other mode, made when it is first needed."""
+        if "other" not in self._twin:
+            sharded, constants = make()
+            self._twin["other"] = ParallelModule(
+                sharded,
+                self._device_mesh,
+                constants,
+                {},
+                self._persistent,
+                self._device,
+                signature=self._signature,
+                trained_mode=not self._trained_mode,
+                beside=self,
+                twin=True,
+            )
+        return self._twin["other"]
 
     def spec_of(self, parameter: Tensor) -> StateSpec:
         """The name, global type and layout of one of the parameters.
@@ -197,7 +223,7 @@ class ParallelModule(Container):
         `seeds` is the module's own stream, from which every rank takes the seed of each random operator. Where operators draw what one
         device draws (`randomness="exact"`) it is `generator`, the state of PyTorch's generator of this device.
         """
-        return random_state(self._sharded.graph, self._device)
+        return random_state([self._sharded.graph, *(twin._sharded.graph for twin in self._twin.values())], self._device)
 
     def set_random_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `random_state` was read. All ranks must call it.
@@ -205,7 +231,9 @@ class ParallelModule(Container):
         Raises:
             AutotpError: the state is that of a module with another kind of randomness.
         """
-        set_random_state(self._sharded.graph, self._device, state)
+        if self._other is not None and self.random_state().keys() != state.keys():
+            self._in_other_mode(self._other)
+        set_random_state([self._sharded.graph, *(twin._sharded.graph for twin in self._twin.values())], self._device, state)
 
     def extra_repr(self) -> str:
         """The mesh, this rank's place on it, and the state held at the top level."""
@@ -226,6 +254,7 @@ class ParallelModule(Container):
             self._device,
             signature=self._signature,
             trained_mode=self._trained_mode,
+            other=self._other,
         )
         for mine, theirs in zip(self.parameters(), copied.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
@@ -363,6 +392,12 @@ def _check_mesh(sharded: Sharded, device_mesh: DeviceMesh) -> None:
             f"the graph is that of the rank at {sharded.coordinate}, this rank is at {coordinate}; "
             f"rewrite it for this one"
         )
+
+
+def _twin_slot(spec: StateSpec, present: Mapping[str, _Slot]) -> _Slot:
+    """The slot of the module whose twin this is."""
+    _shared(spec, present[spec.name])
+    return present[spec.name]
 
 
 def _shared(spec: StateSpec, slot: _Slot) -> Tensor:

@@ -82,3 +82,11 @@ def seed_module(module: nn.Module, seed: int) -> None:
     for child in module.modules():
         if isinstance(child, RandomCall):
             child.stream = stream
+
+
+def share_stream(source: nn.Module, module: nn.Module) -> None:
+    """Let the random operators of `module` take their seeds from the stream of those of `source`, if it has any."""
+    stream = next((child.stream for child in source.modules() if isinstance(child, RandomCall)), SeedStream())
+    for child in module.modules():
+        if isinstance(child, RandomCall):
+            child.stream = stream
