@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autotp.runtime.checkpoint_files import latest
     from autotp.runtime.module import ParallelModule
     from autotp.runtime.optimizers import optimizer
+    from autotp.runtime.outputs import cross_entropy
 
 _HOMES = {
     "AutotpError": "autotp.errors",
@@ -44,6 +45,7 @@ _HOMES = {
     "bind": "autotp.rules",
     "latest": "autotp.runtime.checkpoint_files",
     "load": "autotp.runtime.checkpoint",
+    "cross_entropy": "autotp.runtime.outputs",
     "load_cluster": "autotp.price.cluster",
     "optimizer": "autotp.runtime.optimizers",
     "parallelize": "autotp.api",
@@ -75,6 +77,7 @@ __all__ = [
     "bind",
     "latest",
     "load",
+    "cross_entropy",
     "load_cluster",
     "optimizer",
     "parallelize",

@@ -22,6 +22,7 @@ from autotp.runtime.exact_random import ExactCall, check_in_step, random_state, 
 from autotp.runtime.function import plain_function
 from autotp.runtime.optimizers import check_step, watch_steps
 from autotp.runtime.outer import lies_alike, unsharded
+from autotp.runtime.outputs import Outputs
 from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
 from autotp.sharded import Sharded, StateSpec
 
@@ -101,6 +102,7 @@ class ParallelModule(Container):
             held[name].changes = True
         self._arguments = Arguments(sharded, self._device, signature)
         self._outputs: list[Any] = [sharded.out_constants.get(i) for i in range(sharded.out_spec.num_leaves)]
+        self._border = Outputs(sharded, device_mesh)
         self._places = tuple(spec.position for spec in sharded.outputs)
         if trained_mode is not None:
             self.train(trained_mode)
@@ -118,7 +120,8 @@ class ParallelModule(Container):
         """The model's outputs, in the structure that it returns.
 
         The arguments are those of the original forward, of the same dtypes, dims and static sizes as in the example.
-        Inputs and outputs are full tensors, except those declared sharded or partial: these are this rank's parts.
+        Inputs and outputs are full tensors, except those declared sharded or partial: such an input is this rank's part, such an output
+        a DTensor.
 
         Raises:
             AutotpError: an argument, the mode or a replaced parameter does not fit the traced graph.
@@ -140,7 +143,8 @@ class ParallelModule(Container):
         state = [slot.read().clone() if slot.changes else slot.read() for slot in self._held]
         results = self._run(*state, *inputs)
         leaves = self._outputs.copy()
-        for position, value in zip(self._places, results, strict=False):
+        shown = self._border.shown(list(results[: len(self._places)]), inputs)
+        for position, value in zip(self._places, shown, strict=True):
             leaves[position] = value
         if self._updated:
             with torch.no_grad():
