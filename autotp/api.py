@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp.batch_axes import sizes_of
 from autotp.eager_check import confirm
 from autotp.errors import AutotpError
+from autotp.initial import Model, agree_on_values, built, state_values
 from autotp.mesh import parse_mesh
 from autotp.mesh_choice import does_not_fit, plan_on
 from autotp.mesh_search import MeshSearch, Traced
@@ -25,12 +26,13 @@ from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
 from autotp.program import Program
-from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of, state_values, weights_digest
+from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of
 from autotp.recommendation import USABLE
 from autotp.rewrite import rewrite
 from autotp.runtime.agreement import agree, agree_on, is_first, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.random import seed_module
+from autotp.runtime.weights import open_weights
 from autotp.sharded import Sharded
 from autotp.solve import OutOfMemoryError
 from autotp.trace import trace
@@ -104,7 +106,7 @@ def plan(
 
 
 def parallelize(
-    model: nn.Module,
+    model: Model,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -121,6 +123,8 @@ def parallelize(
     overlap: bool = False,
     randomness: str = "independent",
     check: bool | None = None,
+    weights: str | Path | None = None,
+    seed: int | None = None,
 ) -> ParallelModule:
     """The same model, running in parallel on all ranks of `mesh`. Every rank calls this with the same model and arguments.
 
@@ -131,7 +135,7 @@ def parallelize(
     Rank 0 plans; the others take its plan, and all compare its hash before they communicate.
 
     Args:
-        model: a module with real weights, equal on all ranks; it is left as it was.
+        model: a module with real weights, equal on all ranks, which is left as it was; or a function without arguments that builds it.
         mesh: as for `plan`; by default all ranks of the (torchrun) process group on one axis. A `DeviceMesh` may be part of a larger
             one, such as `whole["tp"]`: each part then holds a model of its own.
         plan: a `Plan`, or a file that one was saved to; by default a new one. Its mode counts, and cluster, memory and pins
@@ -143,6 +147,11 @@ def parallelize(
             makes each random tensor whole for a moment, on every rank.
         check: run the model once and compare outputs and gradients with its trace, on rank 0, before anything else. By default
             where that takes seconds: real weights on one device, at most 300 million parameters; True: at any size; False: never.
+        weights: a checkpoint of safetensors files (a directory, a file, or an index of several) that parameters and buffers are
+            read from, by their names in `model`. Each rank reads its own pieces alone. The model may then be on `meta`; of a function
+            that builds it, the parameters get no memory.
+        seed: of the function that builds the model, run on the CPU of each rank: the parameters are those of one device with this seed.
+            The whole model is in the rank's memory until the module is made.
 
     Returns:
         A trainable module with the names and parameters of `model`, the parameters as DTensors.
@@ -151,6 +160,8 @@ def parallelize(
         AutotpError: on every rank alike, so that none is left waiting.
     """
     group = ranks_of(mesh)
+    stored = together(lambda: None if weights is None else open_weights(weights), group)
+    model = together(lambda: built(model, seed=seed, deferred=stored is not None), group)
     agree_on(facts(model, args, kwargs, mesh, plan), group)
     together(lambda: _check_plan(plan, alone=cluster is None and memory is None and pins is None), group)
     given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan), group)
@@ -175,7 +186,7 @@ def parallelize(
     decided = given or cast(Plan, share(made, group))
     space, decisions = together(lambda: adopt(program, request, decided), group)
     agree(decided.hash, "the plan", group)
-    agree(together(lambda: weights_digest(model), group), "the model's weights (seed all ranks alike, or load the same checkpoint)", group)
+    agree_on_values(model, stored, group)
     coordinate = tuple(device_mesh.get_coordinate() or ())
     sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device, exact=exact), group)
     if not exact:
@@ -195,7 +206,7 @@ def parallelize(
         lambda: ParallelModule(
             sharded,
             device_mesh,
-            state_values(model, program),
+            state_values(model, program, stored),
             program.aliases,
             program.persistent,
             device,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autotp.api import Mesh, cluster_of
 from autotp.errors import AutotpError
+from autotp.initial import Model, agree_on_values, built, state_values
 from autotp.key_value_cache import NAME, cache_shapes, step_inputs, with_cache
 from autotp.loading import PHASES, Phase
 from autotp.mesh import parse_mesh
@@ -21,10 +22,11 @@ from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import Cluster
 from autotp.program import Program
-from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of, state_values, weights_digest
+from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of
 from autotp.rewrite import rewrite
-from autotp.runtime.agreement import Group, agree, agree_on, broadcast, is_first, share, together
+from autotp.runtime.agreement import Group, agree_on, broadcast, is_first, share, together
 from autotp.runtime.module import ParallelModule
+from autotp.runtime.weights import StoredTensor, Weights, open_weights
 from autotp.sampling import Sampling, next_tokens
 from autotp.trace import trace
 
@@ -66,7 +68,7 @@ def plan_generation(
 
 
 def parallelize_generation(
-    model: nn.Module,
+    model: Model,
     *,
     batch: int,
     context: int,
@@ -75,18 +77,23 @@ def parallelize_generation(
     cluster: str | Path | Cluster | None = None,
     memory: float | None = None,
     pins: Mapping[str, str] | None = None,
+    weights: str | Path | None = None,
 ) -> Generator:
     """A decoder that generates text on all ranks of `mesh`. Every rank calls this with the same model and arguments.
 
     Args:
-        model: a decoder of transformers with real weights, equal on all ranks, in eval mode; it is left as it was.
+        model: a decoder of transformers with real weights, equal on all ranks, in eval mode, which is left as it was; or a function without
+            arguments that builds it.
         batch, context, prompt, cluster, memory, pins: as for `plan_generation`.
         mesh: by default all ranks of the (torchrun) process group on one axis.
+        weights: a checkpoint whose pieces each rank reads, as for `autotp.parallelize`.
 
     Raises:
         AutotpError: on every rank alike, so that none is left waiting.
     """
     group = ranks_of(mesh)
+    stored = together(lambda: None if weights is None else open_weights(weights), group)
+    model = together(lambda: built(model, seed=None, deferred=stored is not None), group)
     agree_on(facts(model, (), {"batch": batch, "context": context, "prompt": prompt}, mesh), group)
     device_mesh = device_mesh_of(mesh)
     device = torch.device(device_mesh.device_type)
@@ -96,7 +103,7 @@ def parallelize_generation(
     priced = together(lambda: cluster_of(cluster, device.type), group)
     made = attempt(lambda: _plans(programs, request, priced, model)) if is_first(group) else None
     plans = cast(GenerationPlans, share(made, group))
-    agree(together(lambda: weights_digest(model), group), "the model's weights (seed all ranks alike, or load the same checkpoint)", group)
+    agree_on_values(model, stored, group)
 
     def module(phase: Phase, plan: Plan, request: Request, beside: ParallelModule | None) -> tuple[ParallelModule, Request]:
         """One step, and a request for others whose parameters and cache rest as here."""
@@ -105,7 +112,7 @@ def parallelize_generation(
         built = ParallelModule(
             sharded,
             device_mesh,
-            _values(model, programs[phase]),
+            _values(model, programs[phase], stored),
             programs[phase].aliases,
             programs[phase].persistent,
             device,
@@ -235,8 +242,9 @@ def _plans(programs: Mapping[str, Program], request: Request, cluster: Cluster, 
     return GenerationPlans(make_plan(programs["prefill"], replace(request, rest=rest), cluster, name), decode)
 
 
-def _values(model: nn.Module, program: Program) -> dict[str, Tensor]:
+def _values(model: nn.Module, program: Program, stored: Weights | None) -> dict[str, Tensor | StoredTensor]:
     """The model's parameters and buffers, and an empty cache that takes no memory: a rank copies its piece."""
     types: dict[Any, Any] = {node.target: node.outputs[0] for node in program.nodes if node.kind == "buffer"}
     caches = [name for name in types if name.startswith(f"{NAME}.")]
-    return state_values(model, program) | {name: torch.zeros((), dtype=types[name].dtype).expand(types[name].hint) for name in caches}
+    empty = {name: torch.zeros((), dtype=types[name].dtype).expand(types[name].hint) for name in caches}
+    return state_values(model, program, stored) | empty

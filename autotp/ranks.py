@@ -1,4 +1,4 @@
-"""What `parallelize` needs to know of the running ranks: their mesh, and the values of the model they start from."""
+"""What `parallelize` needs to know of the running ranks: who they are, their mesh, and the mode of the graph that they run."""
 
 from __future__ import annotations
 
@@ -102,40 +102,6 @@ def attempt(step: Callable[[], T]) -> T | BaseException:
         return step()
     except Exception as error:
         return error
-
-
-def state_values(model: nn.Module, program: Program) -> dict[str, Tensor]:
-    """The value of every parameter, buffer and constant of the program, by name, in the model's own order.
-
-    Raises:
-        AutotpError: a value is fake or on `meta`: there is nothing to run with.
-    """
-    kinds = {node.target: node.kind for node in program.nodes if node.kind in ("parameter", "buffer")}
-    values = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in kinds:
-            continue
-        if tensor.device.type == "meta" or _torch.fake_mode_of([tensor]) is not None:
-            raise AutotpError(f"{kinds[name]} {name!r} has no values (it is on meta or fake); load weights into the model first")
-        values[name] = tensor.detach()
-    values.update({node.target: program.constants[node.target] for node in program.nodes if node.kind == "constant"})
-    return values
-
-
-SAMPLES = 64
-"""Elements of each tensor that the digest of the weights reads."""
-
-
-def weights_digest(model: nn.Module) -> bytes:
-    """A digest of a few elements of every parameter and buffer: enough to tell models of different seeds or checkpoints apart."""
-    digest = sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta" and _torch.fake_mode_of([tensor]) is None and tensor.numel():
-            step = max(1, tensor.numel() // SAMPLES)
-            sample = tensor.detach().reshape(-1)[::step][:SAMPLES].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.digest()
 
 
 def mode_of_graph(model: nn.Module, program: Program) -> bool | None:

@@ -11,12 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.decisions import Decisions
 from autotp.describe import conversions
+from autotp.initial import state_values
 from autotp.layouts import COLLECTIVES
 from autotp.planning import Request, prepare, traced_sizes
 from autotp.price.cluster import Link, load_cluster
 from autotp.price.conversion import ConversionPrices
 from autotp.program import Program, Ref
-from autotp.ranks import mode_of_graph, state_values
+from autotp.ranks import mode_of_graph
 from autotp.rewrite import rewrite
 from autotp.runtime.function import plain_function
 from autotp.runtime.module import ParallelModule

@@ -24,6 +24,7 @@ from autotp.runtime.optimizers import check_step, watch_steps
 from autotp.runtime.outer import lies_alike, unsharded
 from autotp.runtime.outputs import Outputs
 from autotp.runtime.state import Container, as_dtensor, gather_full, local_part, placements
+from autotp.runtime.weights import StoredTensor
 from autotp.sharded import Sharded, StateSpec
 
 
@@ -43,7 +44,7 @@ class ParallelModule(Container):
         sharded: the graph of this rank and what lies where; its collectives are bound to `device_mesh`.
         device_mesh: of the sizes `sharded.mesh`.
         values: full value of each parameter, buffer and constant by name, read one at a time, so that a mapping may
-            load lazily; or a DTensor made by `as_dtensor`.
+            load lazily; or a DTensor made by `as_dtensor`, or a tensor in a file.
         aliases: second name of a tied parameter or buffer → its first name.
         persistent: the names of the buffers that belong to the `state_dict`.
         device: where the local tensors live.
@@ -62,7 +63,7 @@ class ParallelModule(Container):
         self,
         sharded: Sharded,
         device_mesh: DeviceMesh,
-        values: Mapping[str, Tensor],
+        values: Mapping[str, Tensor | StoredTensor],
         aliases: Mapping[str, str],
         persistent: frozenset[str],
         device: torch.device | str,
@@ -265,7 +266,7 @@ class ParallelModule(Container):
         memo[id(self)] = copied.train(self.training)
         return copied
 
-    def _local(self, spec: StateSpec, values: Mapping[str, Tensor], present: Mapping[str, _Slot]) -> Tensor:
+    def _local(self, spec: StateSpec, values: Mapping[str, Tensor | StoredTensor], present: Mapping[str, _Slot]) -> Tensor:
         """This rank's part of one state tensor: that of the module beside, or cut out of its value."""
         if spec.name in present:
             return _shared(spec, present[spec.name])
@@ -414,7 +415,7 @@ def _shared(spec: StateSpec, slot: _Slot) -> Tensor:
     return slot.leaf.detach()
 
 
-def _local_value(spec: StateSpec, values: Mapping[str, Tensor], sharded: Sharded, device: torch.device) -> Tensor:
+def _local_value(spec: StateSpec, values: Mapping[str, Tensor | StoredTensor], sharded: Sharded, device: torch.device) -> Tensor:
     """This rank's part of one state tensor: a copy on `device`, checked to be of the planned type."""
     if spec.kind == "parameter" and spec.type.requires_grad and set(spec.layout.kinds) - {"I", "S"}:
         raise AutotpError(f"parameter '{spec.name}' rests as {spec.layout}; a trainable parameter rests as I or S")
@@ -422,6 +423,8 @@ def _local_value(spec: StateSpec, values: Mapping[str, Tensor], sharded: Sharded
         value = values[spec.name]
     except KeyError:
         raise AutotpError(f"no value is given for {spec.kind} '{spec.name}'; give the full tensor") from None
+    if isinstance(value, StoredTensor):
+        return value.local_part(spec.layout, sharded.mesh, sharded.coordinate, spec.type.dtype, device)
     if (tuple(value.shape), value.dtype) != (spec.type.hint, spec.type.dtype):
         raise AutotpError(
             f"the value of {spec.kind} '{spec.name}' is {value.dtype} of shape {tuple(value.shape)}, but the plan was "

@@ -39,6 +39,7 @@ from autotp.allocations import Allocations
 from autotp.decisions import Decisions, Recomputed, recomputable
 from autotp.describe import conversions
 from autotp.formulate import Border
+from autotp.initial import state_values
 from autotp.liveness import peak_memory
 from autotp.planning import Request, adopt, make_plan, traced_sizes
 from autotp.plans import MemoryUse, Plan
@@ -46,7 +47,7 @@ from autotp.price.cluster import Cluster, load_cluster
 from autotp.price.conversion import ConversionPrices
 from autotp.price.memory import OPTIMIZERS
 from autotp.program import Node, Program, Ref
-from autotp.ranks import mode_of_graph, state_values
+from autotp.ranks import mode_of_graph
 from autotp.rewrite import rewrite
 from autotp.runtime.collectives import bind
 from autotp.runtime.module import ParallelModule
