@@ -5,6 +5,7 @@
     parallelize_generation(model)       a decoder, sharded with its key/value cache, that generates text
     recommend(model, args, gpus=8)      which mesh to use, or how many devices to rent
     save(path, module, optimizer)       a checkpoint; load(path, module, optimizer) puts it back on any mesh
+    export(path, module)                plain safetensors, as transformers reads them
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from autotp.rules.language import Local, LocalSize, LocalStart
     from autotp.runtime.checkpoint import load, save
     from autotp.runtime.checkpoint_files import latest
+    from autotp.runtime.export import export
     from autotp.runtime.module import ParallelModule
     from autotp.runtime.optimizers import optimizer
     from autotp.runtime.outputs import cross_entropy
@@ -43,6 +45,7 @@ _HOMES = {
     "Recommendation": "autotp.recommendation",
     "Rule": "autotp.rules",
     "bind": "autotp.rules",
+    "export": "autotp.runtime.export",
     "latest": "autotp.runtime.checkpoint_files",
     "load": "autotp.runtime.checkpoint",
     "cross_entropy": "autotp.runtime.outputs",
@@ -76,6 +79,7 @@ __all__ = [
     "Rule",
     "bind",
     "cross_entropy",
+    "export",
     "latest",
     "load",
     "load_cluster",

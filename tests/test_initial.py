@@ -131,6 +131,18 @@ def published(folder: str) -> None:
             many = autotp.parallelize(model, one.args, one.kwargs, cluster=splitting_pays(), weights=path)
             equal(many.full_state_dict(), one.model.state_dict())
             torch.testing.assert_close(many(**one.kwargs).loss, one.model(**one.kwargs).loss)
+        exported = Path(folder, f"{name}-exported")
+        for limit, count in ((20_000, None), (5_000_000_000, 1)):
+            autotp.export(exported, many, shard_bytes=limit)
+            config.save_pretrained(exported) if dist.get_rank() == 0 else None
+            dist.barrier()
+            files = sorted(file.name for file in exported.iterdir() if file.suffix != ".json")
+            assert files == ["model.safetensors"] if count else len(files) > 5
+            again, seen = kind.from_pretrained(exported, output_loading_info=True, dtype=torch.float32)
+            assert not any(seen.values()), seen
+            assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+            equal(again.state_dict(), one.model.state_dict())
+            dist.barrier()
 
 
 def seeded(folder: str) -> None:

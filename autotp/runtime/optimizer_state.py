@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from autotp._torch import local_of
 from autotp.errors import AutotpError
-from autotp.runtime.state import layouts_of, shown_like
+from autotp.layouts import Layout
+from autotp.runtime.state import shown_like, specs_of
 
 PREFIX = "optimizer.state."
 OWN = ("params", "param_names")
@@ -30,7 +31,7 @@ def pack(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], di
         AutotpError: a parameter is not of `module`, or a state is split in another way than its parameter.
     """
     names, packed = _names(optimizer, module), optimizer.state_dict()
-    parameters, layouts = dict(module.named_parameters()), layouts_of(module)
+    parameters, layouts = dict(module.named_parameters()), _layouts(module)
     tensors: dict[str, Tensor] = {}
     keys: dict[str, list[str]] = {name: [] for name in names.values()}
     values: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
@@ -62,7 +63,7 @@ def targets(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any], s
         AutotpError: the saved groups of parameters are not those of `optimizer`.
     """
     _check_groups(optimizer, module, plain)
-    parameters, layouts = dict(module.named_parameters()), layouts_of(module)
+    parameters, layouts = dict(module.named_parameters()), _layouts(module)
     found: dict[str, Tensor] = {}
     for name, keys in plain["keys"].items():
         for key in keys:
@@ -109,7 +110,7 @@ def _names(optimizer: Optimizer, module: nn.Module) -> dict[int, str]:
     return found
 
 
-def _sharded(value: DTensor, name: str, key: str, parameter: nn.Parameter, layouts: Mapping[str, Any]) -> Tensor:
+def _sharded(value: DTensor, name: str, key: str, parameter: nn.Parameter, layouts: Mapping[str, Layout]) -> Tensor:
     """A state tensor on the mesh, telling its chunks: those of its parameter, or all of it on every rank."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape and local_of(value).shape == local_of(parameter).shape:
         return shown_like(parameter, local_of(value), layouts.get(name))
@@ -119,6 +120,10 @@ def _sharded(value: DTensor, name: str, key: str, parameter: nn.Parameter, layou
         f"the optimizer's state '{key}' of '{name}' has shape {tuple(value.shape)} and is split as {value.placements}, while the parameter "
         f"has shape {tuple(parameter.shape)}; only state that follows its parameter, or is whole on every rank, can be saved"
     )
+
+
+def _layouts(module: nn.Module) -> dict[str, Layout]:
+    return {name: spec.layout for name, (spec, _) in specs_of(module).items()}
 
 
 def _check_groups(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any]) -> None:

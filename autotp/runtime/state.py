@@ -187,13 +187,13 @@ def _describe_values(module: nn.Module, state_dict: dict[str, Any], prefix: str,
             described(value, spec.layout)
 
 
-def layouts_of(module: nn.Module) -> dict[str, Layout]:
-    """The layout of every parameter and buffer that lies on a mesh, under each of its names in `module`."""
+def specs_of(module: nn.Module) -> dict[str, tuple[StateSpec, DeviceMesh]]:
+    """What every parameter and buffer on a mesh is, and the mesh, under each of its names in `module`."""
     return {
-        f"{path}.{key}".lstrip("."): spec.layout
+        f"{path}.{key}".lstrip("."): shown
         for path, part in module.named_modules(remove_duplicate=False)
         if isinstance(part, Container)
-        for key, (spec, _) in part._shown.items()
+        for key, shown in part._shown.items()
     }
 
 
