@@ -17,6 +17,7 @@ from autotp.interpret import evaluate
 from autotp.layouts import Layout, Split, plain_cut
 from autotp.piece_sizes import piece_start
 from autotp.runtime.state import local_part, placements
+from autotp.program import Size
 from autotp.sharded import BorderSpec, Sharded
 
 
@@ -31,6 +32,7 @@ class Outputs:
     def __init__(self, sharded: Sharded, device_mesh: DeviceMesh) -> None:
         self.sharded, self.device_mesh = sharded, device_mesh
         self.declared = {number: spec for number, spec in enumerate(sharded.outputs) if set(spec.layout.kinds) != {"I"}}
+        self.sources = _sources(sharded)
         self.shapes: dict[tuple[int, ...], dict[int, tuple[int, ...]]] = {}
 
     def shown(self, results: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -41,7 +43,7 @@ class Outputs:
         """
         if not self.declared:
             return results
-        sizes = tuple(size for given in inputs for size in given.shape)
+        sizes = tuple([size for given in inputs for size in given.shape])
         if sizes not in self.shapes:
             self.shapes[sizes] = self._global_shapes(inputs)
         for number, shape in self.shapes[sizes].items():
@@ -53,27 +55,41 @@ class Outputs:
         return results
 
     def _global_shapes(self, inputs: list[Tensor]) -> dict[int, tuple[int, ...]]:
-        """The shape of each declared output for inputs of these sizes; inputs that are passed split are split evenly."""
-        values: dict[Any, int] = {}
-        for spec, given in zip(self.sharded.inputs, inputs, strict=True):
-            for dim, size in enumerate(spec.type.shape):
-                split = spec.layout.split_at(dim)
-                values.setdefault(size, given.shape[dim] * prod(self.sharded.mesh[axis] for axis in (split.axes if split else ())))
-        symbols = {size: value for size, value in values.items() if not isinstance(size, int)}
+        """The shape of each declared output for inputs of these sizes."""
         found = {}
         for number, spec in self.declared.items():
-            found[number] = shape = tuple(int(evaluate(size, symbols)) for size in spec.type.shape)
+            found[number] = shape = tuple([self._size(size, inputs) for size in spec.type.shape])
             self._check(spec, shape)
         return found
 
+    def _size(self, size: Size, inputs: list[Tensor]) -> int:
+        if isinstance(size, int):
+            return size
+        if size in self.sources:  # without sympy, which torch.compile cannot trace
+            place, dim, ranks = self.sources[size]
+            return inputs[place].shape[dim] * ranks
+        symbols = {known: self._size(known, inputs) for known in self.sources}
+        return int(evaluate(size, symbols))
+
     def _check(self, spec: BorderSpec, shape: tuple[int, ...]) -> None:
         for split in spec.layout.splits:
-            ranks = prod(self.sharded.mesh[axis] for axis in split.axes)
+            ranks = prod([self.sharded.mesh[axis] for axis in split.axes])
             if len(split.axes) > 1 and shape[split.dim] % ranks:
                 raise AutotpError(
                     f"output '{spec.name}' has {shape[split.dim]} elements in dim {split.dim}, which {ranks} ranks of several mesh axes "
                     "share unevenly; declare it split over one axis, or make the size divisible"
                 )
+
+
+def _sources(sharded: Sharded) -> dict[Size, tuple[int, int, int]]:
+    """Each size that is free → an input that has it, the dim, and among how many ranks it is split there: evenly."""
+    found: dict[Size, tuple[int, int, int]] = {}
+    for place, spec in enumerate(sharded.inputs):
+        for dim, size in enumerate(spec.type.shape):
+            split = spec.layout.split_at(dim)
+            if not isinstance(size, int):
+                found.setdefault(size, (place, dim, prod(sharded.mesh[axis] for axis in split.axes) if split else 1))
+    return found
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
 from autotp.errors import AutotpError
@@ -191,7 +191,12 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def loss_of(output: Any) -> Tensor:
-    return output.hidden.square().sum() + output.logits.square().sum()
+    return output.hidden.square().sum() + local(output.logits).square().sum()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of an output that was declared split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------
@@ -216,7 +221,8 @@ def test_names_ties_and_outputs_are_those_of_the_model(mesh: DeviceMesh) -> None
     assert module.head.weight is module.mlp.up.weight and isinstance(module.head.weight, DTensor)
     output, expected = module(X), model(X)
     assert isinstance(output, Output) and output.cache is None
-    assert_same((output.hidden, output.logits), (expected.hidden, expected.logits))
+    assert isinstance(output.logits, DTensor) and output.logits.placements == (Shard(1),)
+    assert_same((output.hidden, local(output.logits)), (expected.hidden, expected.logits))
     assert module.calls == model.calls == 1
     assert "mesh: 1 (tensor)" in repr(module) and "weight: 24×6 S(0; 3×2×4)" in repr(module)
 
@@ -366,9 +372,9 @@ def test_a_parameter_that_lies_alike_may_take_another_s_place(mesh: DeviceMesh) 
     with torch.no_grad():
         model.scale.mul_(2)
     found, wanted = module(X), model(X)
-    assert_same(found, wanted)
+    assert_same([local(one) for one in found], [local(one) for one in wanted])
     for output in (found, wanted):
-        (output.hidden.sum() + output.logits.sum()).backward()
+        (output.hidden.sum() + local(output.logits).sum()).backward()
     assert first.grad is None
     torch.testing.assert_close(module.scale.grad.to_local(), model.scale.grad)
 
@@ -482,7 +488,7 @@ def check_training(mesh: DeviceMesh, foreach: bool) -> None:
             full = expected(x)
             loss_of(full).backward()
             assert_same(output.hidden, full.hidden)
-            assert_same(output.logits, local_part(full.logits, shard(1, Segment(1, 5, 1)), (2,), (dist.get_rank(),)))
+            assert_same(local(output.logits), local_part(full.logits, shard(1, Segment(1, 5, 1)), (2,), (dist.get_rank(),)))
         norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.5, foreach=foreach) for m in (module, expected)]
         assert isinstance(norms[0], DTensor)
         assert_same(norms[0].full_tensor(), norms[1])
