@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import autotp
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 
@@ -55,6 +57,14 @@ def test_parallelize_llama() -> None:
     assert "the losses are equal" in printed
 
 
+def test_train_with_checkpoints(tmp_path: Path) -> None:
+    """tests/test_elastic.py kills it."""
+    printed = torchrun("04_train_with_checkpoints.py", str(tmp_path), "--steps", "4", "--every", "2")
+    assert "rank 1 of 2 is process" in printed
+    assert "step 3: " in printed
+    assert autotp.latest(tmp_path) is not None
+
+
 def test_two_axes() -> None:
     printed = torchrun("05_two_axes.py", ranks=4)
     assert "rank 3 is at {'dp': 1, 'tp': 1} and holds (32, 64) of q_proj" in printed
@@ -77,8 +87,9 @@ def test_own_operator() -> None:
 def test_own_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "08_own_cluster.py"))
     printed = capsys.readouterr().out
-    infiniband, ethernet = (float(line.split(": ")[1].split(" ms")[0]) for line in printed.splitlines())
+    infiniband, ethernet = (float(line.split(": ")[1].split(" ms")[0]) for line in printed.splitlines() if " ms per step, " in line)
     assert infiniband < ethernet
+    assert "mesh axis nodes splits nothing here" in printed
 
 
 def test_every_example_is_tested() -> None:
