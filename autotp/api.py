@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp.batch_axes import sizes_of
@@ -25,15 +25,13 @@ from autotp.modes import OtherMode, confirm_other, layouts_at_rest, trace_other
 from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import DEFAULT_CLUSTER, Cluster, load_cluster
-from autotp.program import Program
-from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of
+from autotp.ranks import device_mesh_of, facts, mode_of_graph, ranks_of
 from autotp.recommendation import USABLE
 from autotp.rewrite import rewrite
-from autotp.runtime.agreement import agree, agree_on, is_first, share, together
+from autotp.runtime.agreement import agree, agree_on, once, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.random import seed_module
 from autotp.runtime.weights import open_weights
-from autotp.sharded import Sharded
 from autotp.solve import OutOfMemoryError
 from autotp.trace import trace
 
@@ -164,44 +162,31 @@ def parallelize(
     model = together(lambda: built(model, seed=seed, deferred=stored is not None), group)
     agree_on(facts(model, args, kwargs, mesh, plan), group)
     together(lambda: _check_plan(plan, alone=cluster is None and memory is None and pins is None), group)
-    given = share(attempt(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan), group)
+    given = once(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan, group)
     device_mesh = device_mesh_of(given.mesh if given and mesh is None else mesh)
-    device = torch.device(device_mesh.device_type)
     axes, mode = parse_mesh(device_mesh), given.mode if given else mode
-    request = together(
-        lambda: Request(
-            axes, mode, memory, pins, inputs, outputs, compiled=compiled, overlap=overlap, optimizer=optimizer, randomness=randomness
-        ),
-        group,
-    )
-    asked = "what is asked for (mode, memory, pins, inputs, outputs, optimizer, compiled, overlap, randomness)"
-    agree(repr(request), asked, group)
-    exact = request.randomness == "exact"
+    options: dict[str, Any] = {"compiled": compiled, "overlap": overlap, "optimizer": optimizer, "randomness": randomness}
+    request = together(lambda: Request(axes, mode, memory, pins, inputs, outputs, **options), group)
+    agree(repr(request), f"what is asked for (mode, memory, pins, inputs, outputs, {', '.join(options)})", group)
     program = together(lambda: trace(model, args, kwargs, dynamic=given.dynamic if given else True), group)
-    gradient = request.mode == "train"
-    first = is_first(group)
-    share(attempt(lambda: confirm(model, program, args, kwargs, gradient=gradient, check=check, exact=exact)) if first else None, group)
+    once(lambda: confirm(model, program, args, kwargs, gradient=mode == "train", check=check, exact=request.exact), group)
+    device = torch.device(device_mesh.device_type)
+    priced = partial(cluster_of, cluster, device.type)
     name = type(model).__name__
-    made = attempt(lambda: make_plan(program, request, cluster_of(cluster, device.type), name)) if first and given is None else None
-    decided = given or cast(Plan, share(made, group))
+    decided = given or once(lambda: make_plan(program, request, priced(), name), group)
     space, decisions = together(lambda: adopt(program, request, decided), group)
     agree(decided.hash, "the plan", group)
     agree_on_values(model, stored, group)
     coordinate = tuple(device_mesh.get_coordinate() or ())
-    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=gradient, device=device, exact=exact), group)
-    if not exact:
+    sharded = together(lambda: rewrite(space, decisions, coordinate, gradient=mode == "train", device=device, exact=request.exact), group)
+    if not request.exact:
         seed_module(sharded.graph, share(int(torch.randint(2**62, ())), group))
-    trained = mode_of_graph(model, program)
+    trained_mode = mode_of_graph(model, program)
     other = None
-    if gradient and trained is not None:
-        traced = attempt(lambda: trace_other(model, args, kwargs, dynamic=decided.dynamic))
-        if isinstance(traced, Program):
-            share(attempt(lambda: confirm_other(model, traced, args, kwargs, check=check, exact=exact)) if first else None, group)
-        way = OtherMode(
-            traced, request, layouts_at_rest(space, decisions), lambda: cluster_of(cluster, device.type), name, sharded, coordinate, device,
-            lambda plan: cast(Plan, share(attempt(plan) if first else None, group)),
-        )  # fmt: skip
-        other = partial(_other_graph, way)
+    if mode == "train" and trained_mode is not None:
+        traced = trace_other(model, args, kwargs, dynamic=decided.dynamic)
+        once(lambda: confirm_other(model, traced, args, kwargs, check=check, exact=request.exact), group)
+        other = OtherMode(traced, request, layouts_at_rest(space, decisions), priced, name, sharded, coordinate, device, group)
     return together(
         lambda: ParallelModule(
             sharded,
@@ -211,18 +196,11 @@ def parallelize(
             program.persistent,
             device,
             signature=inspect.signature(model.forward),
-            trained_mode=trained,
+            trained_mode=trained_mode,
             other=other,
         ),
         group,
     )
-
-
-def _other_graph(way: OtherMode) -> tuple[Sharded, dict[str, Tensor]]:
-    """The graph of the other mode, and its constants."""
-    sharded = way.make()
-    assert isinstance(way.program, Program)
-    return sharded, {spec.name: way.program.constants[spec.name] for spec in sharded.state if spec.kind == "constant"}
 
 
 def _check_plan(plan: Plan | str | Path | None, *, alone: bool) -> None:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from autotp.planning import Request, adopt, make_plan
 from autotp.plans import Plan
 from autotp.price.cluster import Cluster
 from autotp.program import Program
-from autotp.ranks import attempt, device_mesh_of, facts, mode_of_graph, ranks_of
+from autotp.ranks import device_mesh_of, facts, mode_of_graph, ranks_of
 from autotp.rewrite import rewrite
-from autotp.runtime.agreement import Group, agree_on, broadcast, is_first, share, together
+from autotp.runtime.agreement import Group, agree_on, broadcast, once, together
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.weights import StoredTensor, Weights, open_weights
 from autotp.sampling import Sampling, next_tokens
@@ -101,8 +101,7 @@ def parallelize_generation(
     modules = together(lambda: _modules(model, batch, context), group)
     programs = together(lambda: _programs(modules, batch, context, prompt), group)
     priced = together(lambda: cluster_of(cluster, device.type), group)
-    made = attempt(lambda: _plans(programs, request, priced, model)) if is_first(group) else None
-    plans = cast(GenerationPlans, share(made, group))
+    plans = once(lambda: _plans(programs, request, priced, model), group)
     agree_on_values(model, stored, group)
 
     def module(phase: Phase, plan: Plan, request: Request, beside: ParallelModule | None) -> tuple[ParallelModule, Request]:

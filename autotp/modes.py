@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autotp.decisions import Decisions
 from autotp.eager_check import confirm
@@ -20,6 +20,7 @@ from autotp.plans import Plan
 from autotp.price.cluster import Cluster
 from autotp.program import Program
 from autotp.rewrite import rewrite
+from autotp.runtime.agreement import Group, once
 from autotp.runtime.random import share_stream
 from autotp.sharded import Sharded
 from autotp.solve import OutOfMemoryError
@@ -39,26 +40,29 @@ def other_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def trace_other(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> Program:
-    """The program of the other mode.
-
-    Raises:
-        AutotpError: it cannot be traced.
-    """
+def trace_other(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> Program | AutotpError:
+    """The program of the other mode, or why there is none: many are never asked for it."""
     words = ("eval", "train") if model.training else ("train", "eval")
     with other_mode(model):
         try:
             return trace(model, args, kwargs, dynamic=dynamic)
         except AutotpError as error:
-            raise AutotpError(f"the module has no graph for {words[0]} mode, since the model cannot be traced in it: {error}") from error
+            return AutotpError(f"the module has no graph for {words[0]} mode, since the model cannot be traced in it: {error}")
 
 
 def confirm_other(
-    model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, *, check: bool | None, exact: bool
+    model: nn.Module,
+    program: Program | AutotpError,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    check: bool | None,
+    exact: bool,
 ) -> None:
     """`confirm` in the other mode."""
-    with other_mode(model):
-        confirm(model, program, args, kwargs, check=check, exact=exact)
+    if isinstance(program, Program):
+        with other_mode(model):
+            confirm(model, program, args, kwargs, check=check, exact=exact)
 
 
 def layouts_at_rest(space: Space, decisions: Decisions) -> dict[str, Layout]:
@@ -73,7 +77,7 @@ def layouts_at_rest(space: Space, decisions: Decisions) -> dict[str, Layout]:
 
 @dataclass(frozen=True)
 class OtherMode:
-    """How the graph of the other mode is made, when a module is first called in it.
+    """Makes the graph of the other mode, when a module is first called in it.
 
     Attributes:
         program: of the other mode, or why there is none.
@@ -82,10 +86,10 @@ class OtherMode:
         cluster, name: what prices are for, and the model's name.
         first: the graph of the first mode: both take their seeds from one stream.
         coordinate, device: of this rank.
-        decide: lets rank 0 plan, and gives every rank its plan.
+        group: all ranks that run the module.
     """
 
-    program: Program | BaseException
+    program: Program | AutotpError
     request: Request
     rest: Mapping[str, Layout]
     cluster: Callable[[], Cluster]
@@ -93,30 +97,27 @@ class OtherMode:
     first: Sharded
     coordinate: tuple[int, ...]
     device: torch.device
-    decide: Callable[[Callable[[], Plan]], Plan]
+    group: Group
 
-    def make(self) -> Sharded:
-        """Plan it, parameters and buffers resting as they do, and rewrite it. All ranks must call it.
+    def __call__(self) -> tuple[Sharded, dict[str, Tensor]]:
+        """The graph, parameters and buffers resting as they do, and its constants. All ranks must call it.
 
         Raises:
             AutotpError: there is no program, or no plan.
         """
-        if isinstance(self.program, BaseException):
+        if isinstance(self.program, AutotpError):
             raise self.program
-        names = output_names(self.program)
+        program, names = self.program, output_names(self.program)
         outputs = {name: layout for name, layout in (self.request.outputs or {}).items() if name in names}
         request = replace(self.request, pins=None, outputs=outputs, rest=self.rest)
-        plan = self.decide(lambda: self._plan(request))
-        space, decisions = adopt(self.program, request, plan)
-        sharded = rewrite(
-            space, decisions, self.coordinate, gradient=True, device=self.device, exact=self.request.randomness == "exact"
-        )
+        plan = once(lambda: self._plan(program, request), self.group)
+        space, decisions = adopt(program, request, plan)
+        sharded = rewrite(space, decisions, self.coordinate, gradient=True, device=self.device, exact=request.exact)
         share_stream(self.first.graph, sharded.graph)
-        return sharded
+        return sharded, {spec.name: program.constants[spec.name] for spec in sharded.state if spec.kind == "constant"}
 
-    def _plan(self, request: Request) -> Plan:
-        assert isinstance(self.program, Program)
+    def _plan(self, program: Program, request: Request) -> Plan:
         try:
-            return make_plan(self.program, request, self.cluster(), self.name)
+            return make_plan(program, request, self.cluster(), self.name)
         except OutOfMemoryError:
-            return make_plan(self.program, replace(request, memory=None), self.cluster(), self.name)
+            return make_plan(program, replace(request, memory=None), self.cluster(), self.name)

@@ -67,6 +67,11 @@ class Request:
             raise AutotpError(f"pins is {self.pins!r}; write a dict from module patterns to strategies, e.g. {{'*.q_proj': 'column'}}")
 
     @property
+    def exact(self) -> bool:
+        """Whether random operators draw what one device draws."""
+        return self.randomness == "exact"
+
+    @property
     def mesh(self) -> tuple[int, ...]:
         """The sizes of the mesh axes."""
         return tuple(self.axes.values())
@@ -122,7 +127,7 @@ def pose(program: Program, request: Request, cluster: Cluster) -> Posed:
         request.overlap and not request.compiled,  # a compiler orders collectives itself
     )
     allowed = apply_pins(space, dict(request.pins or {}))
-    if request.randomness == "exact":
+    if request.exact:
         allowed = drawn_whole(space, allowed)
     if request.data is not None:
         data = [place for place, name in enumerate(request.axes) if name in request.data]

@@ -90,6 +90,17 @@ def share(value: T | BaseException, group: Group = None, src: int = 0) -> T:
     return cast(T, value if own else received)
 
 
+def once(step: Callable[[], T], group: Group = None) -> T:
+    """Run `step` on the first rank of `group` alone; every rank gets what it gives, or raises what it raises."""
+    result: T | BaseException | None = None
+    if is_first(group):
+        try:
+            result = step()
+        except Exception as error:
+            result = error
+    return share(cast("T | BaseException", result), group)
+
+
 def broadcast(tensor: Tensor, group: Group = None) -> None:
     """Replace the values of `tensor` by those that the first rank of `group` has."""
     for axis in _axes(group):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from autotp.errors import AutotpError
-from autotp.runtime.agreement import share, together
+from autotp.runtime.agreement import once, together
 
 T = TypeVar("T")
 
@@ -53,16 +53,7 @@ class Joint:
 
     def first(self, step: Callable[[], T]) -> T:
         """What `step` gives on the first rank, on every rank; if it fails there, all raise."""
-        if self.single:
-            return self._said(step)
-        result: Any = None
-        if self.rank == 0:
-            try:
-                result = self._said(step)
-            except Exception as error:
-                result = error
-        found: T = share(result, self.group)
-        return found
+        return self._said(step) if self.single else once(lambda: self._said(step), self.group)
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank."""

@@ -16,8 +16,8 @@ from autotp.errors import AutotpError
 from autotp.interpret import evaluate
 from autotp.layouts import Layout, Split, plain_cut
 from autotp.piece_sizes import piece_start
-from autotp.runtime.state import local_part, placements
 from autotp.program import Size
+from autotp.runtime.state import local_part, placements
 from autotp.sharded import BorderSpec, Sharded
 
 
