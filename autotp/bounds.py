@@ -42,7 +42,7 @@ class _Star:
 
     Attributes:
         seconds: price of every pair (layout made, layout wanted).
-        bytes, again: what a saver holds of every pair, and the seconds of making that again; None if none of the consumers saves.
+        saved: parts of what a saver holds of every pair, in bytes, and the seconds of making that again; none if no consumer saves.
         saves: for each end, whether it is a saver. A producer that is one pays for itself.
         ends: the choices that it joins, the producer first.
         at: for each end, the place of each strategy's layout in the rows (producer) or columns (consumers).
@@ -51,8 +51,7 @@ class _Star:
     """
 
     seconds: Vector
-    bytes: Vector | None
-    again: Vector | None
+    saved: tuple[tuple[Vector, Vector], ...]
     saves: tuple[bool, ...]
     ends: tuple[int, ...]
     at: tuple[Index, ...]
@@ -64,9 +63,9 @@ class _Star:
         seconds = self.seconds
         for overlap, hidden in self.beside:
             seconds = seconds - (1 - shares[overlap]) * hidden
-        if self.bytes is None or self.again is None or not per_byte:
+        if not self.saved or not per_byte:
             return seconds, seconds
-        saved = seconds + numpy.minimum(per_byte * self.bytes, self.again)
+        saved = seconds + sum(numpy.minimum(per_byte * size, again) for size, again in self.saved)
         return (saved, saved) if all(self.saves[1:]) else (seconds, saved)
 
 
@@ -77,34 +76,38 @@ def _stars(problem: Problem, allowed: Sequence[Index]) -> tuple[list[_Star], lis
     """The stars of all links, and for each link the numbers of its stars."""
     stars: list[_Star] = []
     of_link: list[list[int]] = []
-    saved = {one.link: one for one in problem.memory.saved} if problem.limit is not None else {}
+    saved: dict[int, list[Saved]] = {}
+    for part in problem.memory.saved if problem.limit is not None else ():
+        saved.setdefault(part.link, []).append(part)
     for number, link in enumerate(problem.links):
         starts = range(0, len(link.consumers), SHARERS)
         of_link.append(list(range(len(stars), len(stars) + len(starts))))
         for start in starts:
             beside = tuple((place, one.conversions[number]) for place, one in enumerate(problem.overlaps) if number in one.conversions)
             chunk = range(start, min(start + SHARERS, len(link.consumers)))
-            stars.append(_star(allowed, link, saved.get(number), chunk, len(starts), beside))
+            stars.append(_star(allowed, link, saved.get(number, []), chunk, len(starts), beside))
     return stars, of_link
 
 
 def _star(
-    allowed: Sequence[Index], link: Link, saved: Saved | None, chunk: Sequence[int], parts: int, beside: Sequence[tuple[int, Vector]]
+    allowed: Sequence[Index], link: Link, saved: Sequence[Saved], chunk: Sequence[int], parts: int, beside: Sequence[tuple[int, Vector]]
 ) -> _Star:
     ends = ((link.producer, link.made), *(link.consumers[place] for place in chunk))
     layouts = [numpy.array(of, dtype=numpy.int64)[allowed[choice]] for choice, of in ends]
     rows, columns = numpy.unique(layouts[0]), numpy.unique(numpy.concatenate(layouts[1:]))
     pairs = numpy.ix_(rows, columns)
     seconds = numpy.minimum(link.seconds[pairs] / parts, IMPOSSIBLE)
-    saves = (False, *(saved is not None and place + 1 in saved.savers for place in chunk))
-    size = again = None
-    if saved is not None and any(saves):
-        size, again = saved.bytes[pairs] / parts, saved.again[pairs] / parts
-        if 0 in saved.savers:
+    savers = saved[0].savers if saved else ()
+    saves = (False, *(place + 1 in savers for place in chunk))
+    held = []
+    for part in saved if any(saves) else ():
+        size = part.bytes[pairs] / parts
+        if 0 in savers:
             size = numpy.where(rows[:, None] == columns[None, :], 0.0, size)
+        held.append((size, part.again[pairs] / parts))
     at = tuple(numpy.searchsorted(rows if end == 0 else columns, one) for end, one in enumerate(layouts))
     hidden = tuple((place, one[pairs] / parts) for place, one in beside)
-    return _Star(seconds, size, again, saves, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at), hidden)
+    return _Star(seconds, tuple(held), saves, tuple(choice for choice, _ in ends), at, tuple(numpy.unique(one) for one in at), hidden)
 
 
 @dataclass(frozen=True, eq=False)

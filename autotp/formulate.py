@@ -9,6 +9,7 @@ from itertools import product
 import numpy
 
 from autotp.formulate_memory import Tensor, home_of, memory_of
+from autotp.formulate_saved import saved_of
 from autotp.layouts import Layout, uniform
 from autotp.overlap import overlaps
 from autotp.price.conversion import ConversionPrices
@@ -58,7 +59,7 @@ def formulate(
 
     Args:
         allowed: representative node → the strategies that pins leave; all where it is missing.
-        limit: peak bytes per device, or None.
+        limit: peak bytes per device, or None; only with one may anything be made again.
     """
     program, members = space.program, space.folding.members
     nodes: list[int | None] = list(members)
@@ -89,7 +90,8 @@ def formulate(
         links.append(Link(program.nodes[ref.node].name, producer, rows, ends_of, _conversions(space, prices, tensor)))
         tensors.append(tensor)
     buckets = _buckets(space, prices, links, tensors)
-    memory = memory_of(space, prices, strategies, nodes, links, tensors, times)
+    saved = saved_of(space, prices, space.strategies, nodes, links, tensors, times, anew=limit is not None)
+    memory = memory_of(space, prices, strategies, nodes, links, tensors, saved)
     beside = overlaps(space, prices, nodes, links, tensors, times) if prices.overlap else ()
     problem = Problem(tuple(choices), tuple(links), buckets, memory, limit, beside)
     return Formulation(problem, tuple(nodes), tuple(tensors))

@@ -47,6 +47,12 @@ class Walked:
     ladders: tuple[Ladder, ...]
     again: Callable[[tuple[Recomputed, ...]], MemoryUse]
 
+    @property
+    def spare(self) -> float:
+        """Bytes that are made again in no time: the estimate need not count them."""
+        free = ((ladder.copies * rung.bytes for rung in ladder.rungs if not rung.seconds) for ladder in self.ladders)
+        return float(sum(max(sizes, default=0) for sizes in free))
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -116,7 +122,7 @@ def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float)
     best = fitted if fitted.memory.total <= limit else None
     bound = unlimited = fastest.seconds * (1 - fastest.gap)
     enough = max(gap, fastest.gap)
-    missed = walked.memory.total - fastest.bytes
+    missed = walked.memory.total - walked.spare - fastest.bytes
     walks = {fastest.chosen: walked}
     for _ in range(ATTEMPTS):
         if limit <= missed or (best is not None and best.seconds * (1 - gap) <= bound):
@@ -133,7 +139,7 @@ def solve_within(problem: Problem, walk: Walk, *, time_limit: float, gap: float)
         other = _fit(free, found, walked, limit)
         if other.memory.total <= limit and (best is None or other.seconds < best.seconds):
             best = other
-        missed = walked.memory.total - bytes_of(free, found.chosen)
+        missed = other.memory.total + max(other.recomputation.bytes - walked.spare, 0) - bytes_of(free, found.chosen)
     if best is None:
         smallest = [fitted, *(_fit(free, one, walk(one), limit) for one in _smallest(problem, fastest, time_limit=time_limit, gap=gap))]
         fitting = [other for other in smallest if other.memory.total <= limit]

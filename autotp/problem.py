@@ -49,6 +49,8 @@ class Bucket:
 class Saved:
     """What is held of a link's tensor: a version of it in every layout in which a saver has it. Any share of that may be made again.
 
+    Where some bytes of a version are dearer to make again than others, there are several of these, with the same savers.
+
     Attributes:
         link: number of the link.
         savers: places among the link's ends, of which the producer is 0 and the consumers follow.
