@@ -259,6 +259,12 @@ def local_of(tensor: Any) -> torch.Tensor:
     return local
 
 
+def own_chunks(tensor: Any) -> list[Any]:
+    """The chunks that a DTensor tells `torch.distributed.checkpoint` of."""
+    found: list[Any] = type(tensor).__create_chunk_list__(tensor)
+    return found
+
+
 def describe_chunks(
     tensor: torch.Tensor, write_items: Callable[..., Any], chunk_list: Callable[..., Any], shard: Callable[..., torch.Tensor]
 ) -> None:

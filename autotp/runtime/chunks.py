@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from torch import Size, Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autotp._torch import describe_chunks, local_of
+from autotp._torch import describe_chunks, local_of, own_chunks
 from autotp.errors import AutotpError
-from autotp.layouts import Coordinate, Layout, piece
+from autotp.layouts import Coordinate, Layout, chunk, local_shape, piece
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,43 @@ class Chunks:
         return cut_box(self.local, found)
 
 
-def described(tensor: DTensor, layout: Layout) -> DTensor:
-    """Make a DTensor, which lies in `layout`, tell checkpoints its true chunks. The tensor itself is marked and returned."""
-    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    if coordinate is None:
+def narrowed(found: tuple[Box, ...], dim: int, start: int, stop: int) -> tuple[Box, ...]:
+    """What of the boxes is in `[start, stop)` of dim `dim` of the local tensor, as boxes of a local tensor that has only that."""
+    kept = []
+    for box in found:
+        low, high = max(box.local[dim], start), min(box.local[dim] + box.sizes[dim], stop)
+        if low < high:
+            shift = low - box.local[dim]
+            kept.append(
+                Box(
+                    (*box.start[:dim], box.start[dim] + shift, *box.start[dim + 1 :]),
+                    (*box.local[:dim], low - start, *box.local[dim + 1 :]),
+                    (*box.sizes[:dim], high - low, *box.sizes[dim + 1 :]),
+                )
+            )
+    return tuple(kept)
+
+
+def described(tensor: DTensor, layout: Layout, mesh: DeviceMesh) -> DTensor:
+    """Make a DTensor, which lies in `layout` on `mesh`, tell checkpoints its true chunks. The tensor itself is marked and returned.
+
+    If it lies on outer axes besides, as `fully_shard` makes it, these split what a rank of `mesh` holds, in `torch.chunk`'s pieces.
+    A tensor that lies as DTensor says is left as it is.
+    """
+    whole, coordinate, place = tensor.device_mesh, mesh.get_coordinate(), tensor.device_mesh.get_coordinate()
+    if coordinate is None or place is None:
         return tensor
     local, shape = local_of(tensor).detach(), tuple(tensor.shape)
-    chunks = Chunks(local, shape, boxes(shape, layout, tuple(mesh.shape), tuple(coordinate)))
-    describe_chunks(tensor, chunks.write_items, chunks.chunk_list, chunks.shard)
+    found = boxes(shape, layout, tuple(mesh.shape), tuple(coordinate))
+    sizes = list(local_shape(shape, layout, tuple(mesh.shape), tuple(coordinate)))
+    for axis in range(whole.ndim - mesh.ndim):
+        placement: Any = tensor.placements[axis]
+        if not placement.is_replicate():
+            start, stop = chunk(sizes[placement.dim], whole.size(axis), place[axis])
+            found, sizes[placement.dim] = narrowed(found, placement.dim, start, stop), stop - start
+    if tuple(sizes) != tuple(local.shape):
+        raise AutotpError(f"a tensor of shape {shape} has the local shape {tuple(local.shape)}, and {tuple(sizes)} by its layout {layout}")
+    chunks = Chunks(local, shape, found)
+    if chunks.chunk_list() != own_chunks(tensor):
+        describe_chunks(tensor, chunks.write_items, chunks.chunk_list, chunks.shard)
     return tensor

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from autotp._torch import local_of
 from autotp.errors import AutotpError
-from autotp.layouts import Layout
+from autotp.runtime.optimizers import BesideOptimizer
 from autotp.runtime.state import shown_like, specs_of
+from autotp.sharded import StateSpec
 
 PREFIX = "optimizer.state."
+Specs = Mapping[str, tuple[StateSpec, DeviceMesh]]
 OWN = ("params", "param_names")
 """What of a parameter group is not an option."""
 
@@ -31,7 +34,7 @@ def pack(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], di
         AutotpError: a parameter is not of `module`, or a state is split in another way than its parameter.
     """
     names, packed = _names(optimizer, module), optimizer.state_dict()
-    parameters, layouts = dict(module.named_parameters()), _layouts(module)
+    parameters, specs = dict(module.named_parameters()), specs_of(module)
     tensors: dict[str, Tensor] = {}
     keys: dict[str, list[str]] = {name: [] for name in names.values()}
     values: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
@@ -42,7 +45,7 @@ def pack(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], di
                 continue
             found = value.detach()
             if isinstance(found, DTensor):
-                found = _sharded(found, name, key, parameters[name], layouts)
+                found = _sharded(found, name, key, parameters[name], specs)
             tensors[f"{PREFIX}{name}.{key}"] = found
             keys[name].append(key)
     groups = [
@@ -51,7 +54,7 @@ def pack(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], di
     ]
     rest = {key: value for key, value in packed.items() if key not in ("state", "param_groups")}
     common = {key: value for key, value in packed["state"].items() if key not in names}
-    return tensors, {"kind": type(optimizer).__name__, "groups": groups, "keys": keys, "values": values, "rest": rest, "common": common}
+    return tensors, {"groups": groups, "keys": keys, "values": values, "rest": rest, "common": common}
 
 
 def targets(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -63,7 +66,8 @@ def targets(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any], s
         AutotpError: the saved groups of parameters are not those of `optimizer`.
     """
     _check_groups(optimizer, module, plain)
-    parameters, layouts = dict(module.named_parameters()), _layouts(module)
+    parameters, specs = dict(module.named_parameters()), specs_of(module)
+    whole = isinstance(optimizer, BesideOptimizer) and optimizer.whole  # every rank has all of its state
     found: dict[str, Tensor] = {}
     for name, keys in plain["keys"].items():
         for key in keys:
@@ -71,9 +75,9 @@ def targets(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any], s
             assert isinstance(stored, TensorStorageMetadata)
             parameter, shape, dtype = parameters[name], tuple(stored.size), stored.properties.dtype
             follows = shape == tuple(parameter.shape) and key != "step"  # which torch's optimizers count in a tensor without dims
-            if follows and isinstance(parameter, DTensor):
+            if follows and isinstance(parameter, DTensor) and not whole:
                 local = torch.empty_like(local_of(parameter), dtype=dtype)
-                found[f"{PREFIX}{name}.{key}"] = shown_like(parameter, local, layouts.get(name))
+                found[f"{PREFIX}{name}.{key}"] = shown_like(parameter, local, specs.get(name))
             else:
                 found[f"{PREFIX}{name}.{key}"] = torch.empty(shape, dtype=dtype, device=parameter.device if follows else "cpu")
     return found
@@ -110,20 +114,16 @@ def _names(optimizer: Optimizer, module: nn.Module) -> dict[int, str]:
     return found
 
 
-def _sharded(value: DTensor, name: str, key: str, parameter: nn.Parameter, layouts: Mapping[str, Layout]) -> Tensor:
+def _sharded(value: DTensor, name: str, key: str, parameter: nn.Parameter, specs: Specs) -> Tensor:
     """A state tensor on the mesh, telling its chunks: those of its parameter, or all of it on every rank."""
     if isinstance(parameter, DTensor) and value.shape == parameter.shape and local_of(value).shape == local_of(parameter).shape:
-        return shown_like(parameter, local_of(value), layouts.get(name))
+        return shown_like(parameter, local_of(value), specs.get(name))
     if all(placement.is_replicate() for placement in value.placements):
         return local_of(value)
     raise AutotpError(
         f"the optimizer's state '{key}' of '{name}' has shape {tuple(value.shape)} and is split as {value.placements}, while the parameter "
         f"has shape {tuple(parameter.shape)}; only state that follows its parameter, or is whole on every rank, can be saved"
     )
-
-
-def _layouts(module: nn.Module) -> dict[str, Layout]:
-    return {name: spec.layout for name, (spec, _) in specs_of(module).items()}
 
 
 def _check_groups(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any]) -> None:

@@ -183,8 +183,8 @@ def _describe_values(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     assert isinstance(module, Container)
     for key, (spec, device_mesh) in module._shown.items():
         value = state_dict.get(prefix + key)
-        if isinstance(value, DTensor) and not isinstance(value, nn.Parameter) and value.device_mesh == device_mesh:
-            described(value, spec.layout)
+        if isinstance(value, DTensor) and not isinstance(value, nn.Parameter):
+            described(value, spec.layout, device_mesh)
 
 
 def specs_of(module: nn.Module) -> dict[str, tuple[StateSpec, DeviceMesh]]:
@@ -197,12 +197,12 @@ def specs_of(module: nn.Module) -> dict[str, tuple[StateSpec, DeviceMesh]]:
     }
 
 
-def shown_like(parameter: DTensor, local: Tensor, layout: Layout | None) -> DTensor:
-    """`local` as a DTensor that lies as `parameter` does, and tells checkpoints so; `layout` None: in DTensor's own way."""
+def shown_like(parameter: DTensor, local: Tensor, shown: tuple[StateSpec, DeviceMesh] | None) -> DTensor:
+    """`local` as a DTensor that lies as `parameter` does, and tells checkpoints so; None: in DTensor's own way."""
     wrap = dtensor_wrapper(parameter.device_mesh, parameter.placements, tuple(parameter.shape), local.dtype)
-    shown = wrap(local)
-    assert isinstance(shown, DTensor)
-    return shown if layout is None else described(shown, layout)
+    made = wrap(local)
+    assert isinstance(made, DTensor)
+    return made if shown is None else described(made, shown[0].layout, shown[1])
 
 
 def _refuse_partial(layout: Layout) -> None:

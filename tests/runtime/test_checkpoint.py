@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import autotp
@@ -108,11 +110,48 @@ def resharded(folder: str, mesh: Any, before: str | None, after: str) -> None:
         torch.save(truth, root / f"{after}.pt")
 
 
+def on_four_ranks(folder: str) -> None:
+    resharded(folder, {"dp": 2, "tp": 2}, "one", "2x2")
+    beside_fully_shard(f"{folder}/fully_shard")
+
+
+def beside_fully_shard(folder: str) -> None:
+    """Each local tensor is split once more, over an outer axis; a plain model takes it, and so does the module itself."""
+    (model, args), (other, _) = tiny(), tiny()
+    for part in (model, other):
+        part.scale = nn.Parameter(torch.tensor([1.5]))  # fully_shard takes none without dims
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    inner = autotp.parallelize(model, args, mesh=mesh["tp"], cluster=splitting_pays(), pins=PINS, check=False)
+    assert any("3×" in str(spec.layout) for spec in inner._sharded.state)
+    module = fully_shard(inner, mesh=mesh["dp"])
+    optimizer = optimizer_of(module)
+    step(module, optimizer, *args)
+    autotp.save(folder, module, optimizer)
+    wanted = dict(module.full_state_dict())
+    plain_optimizer = optimizer_of(other)
+    autotp.load(folder, other, plain_optimizer)
+    assert_same(dict(other.state_dict()), wanted, "fully_shard, into the plain model")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    fresh = optimizer_of(module)
+    autotp.load(folder, module, fresh)
+    assert_same(dict(module.full_state_dict()), wanted, "fully_shard, into itself")
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            pair = [part.to_local() if isinstance(part, DTensor) else part for part in (value, fresh.state[parameter][key])]
+            assert torch.equal(*pair), key
+    step(module, fresh, *args)
+    step(other, plain_optimizer, *args)
+    for name, value in module.full_state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], atol=1e-4, rtol=1e-4)
+
+
 def test_any_mesh_continues_from_any_other(tmp_path: Path) -> None:
     """One device → 2 × 2 → 3 ranks → 2 ranks → one device: parameters, buffers and optimizer state bit for bit."""
     folder = str(tmp_path)
     resharded(folder, None, None, "one")
-    run_ranks(resharded, 4, folder, {"dp": 2, "tp": 2}, "one", "2x2")
+    run_ranks(on_four_ranks, 4, folder)
     run_ranks(resharded, 3, folder, 3, "2x2", "three")
     run_ranks(resharded, 2, folder, 2, "three", "two")
     resharded(folder, None, "two", "last")
@@ -177,6 +216,26 @@ def numbered(folder: str) -> None:
     with pytest.warns(UserWarning, match=r"is converted: 'scale' from torch.float32 to torch.float64, .* and \d+ more"):
         autotp.load(f"{folder}/numbered", model.double())
     assert torch.equal(model.state_dict()["scale"], first["scale"].double() + 3)
+
+
+def whole_state(folder: str) -> None:
+    """An optimizer that looks at whole matrices has its state whole on every rank; one device goes on with it, and the other way round."""
+    (module, _, args), (other, _) = parallel(), tiny()
+    pair = []
+    for part in (module, other):
+        matrices = [parameter for parameter in part.parameters() if parameter.ndim == 2]
+        pair.append(autotp.optimizer(torch.optim.Muon, part, matrices, lr=0.02) if part is module else torch.optim.Muon(matrices, lr=0.02))
+    step(module, pair[0], *args)
+    autotp.save(f"{folder}/muon", module, pair[0])
+    autotp.load(f"{folder}/muon", other, pair[1])
+    step(module, pair[0], *args)
+    step(other, pair[1], *args)
+    autotp.save(f"{folder}/muon-plain", other, pair[1])
+    for name, value in module.full_state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], atol=1e-4, rtol=1e-4)
+    autotp.load(f"{folder}/muon-plain", module, pair[0])
+    for count in range(2):
+        torch.testing.assert_close(step(module, pair[0], *args), step(other, pair[1], *args), atol=1e-4, rtol=1e-4, msg=f"step {count}")
 
 
 def refusals(folder: str) -> None:
@@ -275,5 +334,5 @@ def all_of(folder: str, *checks: Callable[[str], None]) -> None:
 
 
 def test_checkpoints_of_two_ranks(tmp_path: Path) -> None:
-    checks = (training_goes_on, plain_checkpoints_of_torch, numbered, refusals, damaged, disk_full)
+    checks = (training_goes_on, plain_checkpoints_of_torch, numbered, whole_state, refusals, damaged, disk_full)
     run_ranks(all_of, 2, str(tmp_path), *checks)
