@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp.batch_axes import sizes_of
 from autotp.eager_check import confirm
 from autotp.errors import AutotpError
-from autotp.initial import Model, agree_on_values, built, state_values
+from autotp.initial import Model, agree_on_values, built, open_weights, state_values
 from autotp.mesh import parse_mesh
 from autotp.mesh_choice import does_not_fit, plan_on
 from autotp.mesh_search import MeshSearch, Traced
@@ -31,7 +31,6 @@ from autotp.rewrite import rewrite
 from autotp.runtime.agreement import agree, agree_on, once, share, together
 from autotp.runtime.module import ParallelModule
 from autotp.runtime.random import seed_module
-from autotp.runtime.weights import open_weights
 from autotp.solve import OutOfMemoryError
 from autotp.trace import trace
 
@@ -145,9 +144,9 @@ def parallelize(
             makes each random tensor whole for a moment, on every rank.
         check: run the model once and compare outputs and gradients with its trace, on rank 0, before anything else. By default
             where that takes seconds: real weights on one device, at most 300 million parameters; True: at any size; False: never.
-        weights: a checkpoint of safetensors files (a directory, a file, or an index of several) that parameters and buffers are
-            read from, by their names in `model`. Each rank reads its own pieces alone. The model may then be on `meta`; of a function
-            that builds it, the parameters get no memory.
+        weights: a checkpoint that parameters and buffers are read from, by their names in `model`: safetensors files (a directory, a
+            file, or an index of several), or what `autotp.save` wrote. Each rank reads its own pieces alone. The model may then be on
+            `meta`; of a function that builds it, the parameters get no memory.
         seed: of the function that builds the model, run on the CPU of each rank: the parameters are those of one device with this seed.
             The whole model is in the rank's memory until the module is made.
 
@@ -158,7 +157,7 @@ def parallelize(
         AutotpError: on every rank alike, so that none is left waiting.
     """
     group = ranks_of(mesh)
-    stored = together(lambda: None if weights is None else open_weights(weights), group)
+    stored = open_weights(weights, group)
     model = together(lambda: built(model, seed=seed, deferred=stored is not None), group)
     agree_on(facts(model, args, kwargs, mesh, plan), group)
     together(lambda: _check_plan(plan, alone=cluster is None and memory is None and pins is None), group)

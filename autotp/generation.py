@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autotp.api import Mesh, cluster_of
 from autotp.errors import AutotpError
-from autotp.initial import Model, agree_on_values, built, state_values
+from autotp.initial import Model, agree_on_values, built, open_weights, state_values
 from autotp.key_value_cache import NAME, cache_shapes, step_inputs, with_cache
 from autotp.loading import PHASES, Phase
 from autotp.mesh import parse_mesh
@@ -26,7 +26,7 @@ from autotp.ranks import device_mesh_of, facts, mode_of_graph, ranks_of
 from autotp.rewrite import rewrite
 from autotp.runtime.agreement import Group, agree_on, broadcast, once, together
 from autotp.runtime.module import ParallelModule
-from autotp.runtime.weights import StoredTensor, Weights, open_weights
+from autotp.runtime.weights import StoredTensor, Weights
 from autotp.sampling import Sampling, next_tokens
 from autotp.trace import trace
 
@@ -92,7 +92,7 @@ def parallelize_generation(
         AutotpError: on every rank alike, so that none is left waiting.
     """
     group = ranks_of(mesh)
-    stored = together(lambda: None if weights is None else open_weights(weights), group)
+    stored = open_weights(weights, group)
     model = together(lambda: built(model, seed=None, deferred=stored is not None), group)
     agree_on(facts(model, (), {"batch": batch, "context": context, "prompt": prompt}, mesh), group)
     device_mesh = device_mesh_of(mesh)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.program import Program
-from autotp.runtime.agreement import Group, agree, together
-from autotp.runtime.weights import StoredTensor, Weights
+from autotp.runtime import checkpoint_files as files
+from autotp.runtime.agreement import Group, agree, members, together
+from autotp.runtime.saved_weights import open_saved
+from autotp.runtime.weights import StoredTensor, Weights, open_safetensors
 
 Model = nn.Module | Callable[[], nn.Module]
 """A model, or a function that builds it."""
@@ -48,6 +52,23 @@ def built(model: Model, *, seed: int | None, deferred: bool) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise AutotpError(f"the function that builds the model returned {type(made).__name__}; it must return a torch.nn.Module")
     return made
+
+
+def open_weights(path: str | Path | None, group: Group = None) -> Weights | None:
+    """The checkpoint at `path`, if one is given: safetensors files, or what `autotp.save` wrote, of which all files are then checked,
+    each by one of the ranks. Every rank of `group` calls this.
+
+    Raises:
+        AutotpError: on every rank: there is none, or it is damaged.
+    """
+    if path is None:
+        return None
+    if together(lambda: files.latest(path), group) is None:
+        return together(lambda: open_safetensors(path), group)
+    weights = together(lambda: open_saved(path), group)
+    ranks = members(group)
+    together(lambda: files.verify(weights.path, ranks.index(dist.get_rank()), len(ranks)), group)
+    return weights
 
 
 def _without_memory(build: Callable[[], Any]) -> Any:

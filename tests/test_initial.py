@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import autotp
 from autotp.errors import AutotpError
 from autotp.initial import built, state_values
-from autotp.runtime.weights import StoredTensor, open_weights
+from autotp.runtime.weights import SafeTensor, open_safetensors
 from autotp.trace import trace
 from tests.models import example, splitting_pays
 from tests.ranks import run_ranks
@@ -72,7 +72,7 @@ def test_what_cannot_be_built() -> None:
 
 def starting(model: nn.Module, path: Path, **tensors: Tensor) -> dict[str, Any]:
     save_file(tensors, path / "model.safetensors")
-    return dict(state_values(model, trace(model, (IDS,)), open_weights(path)))
+    return dict(state_values(model, trace(model, (IDS,)), open_safetensors(path)))
 
 
 def test_a_checkpoint_must_fit_the_model(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_checkpoint_must_fit_the_model(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         for name in ("head.weight", "embed.weight"):  # one of the tied names is enough
             found = starting(model, tmp_path, **{name: weight, "head.bias": bias})
-            assert isinstance(found["embed.weight"], StoredTensor)
+            assert isinstance(found["embed.weight"], SafeTensor)
             assert found["embed.weight"].key == name
             assert torch.equal(found["steps"], torch.arange(4.0))
     with pytest.warns(UserWarning, match=r"has 'scale', which Tied does not have"):
@@ -101,6 +101,10 @@ def test_a_checkpoint_must_fit_the_model(tmp_path: Path) -> None:
         starting(bare, tmp_path, **{"embed.weight": weight, "head.bias": bias})
     with pytest.raises(AutotpError, match=r"parameter 'embed.weight' has no values .* or pass weights="):
         state_values(bare, trace(bare, (IDS,)))
+
+
+OTHER = {"gpt2": {"*.wte": "vocab", "*.c_attn": "row"}, "llama": {"*.embed_tokens": "vocab", "*.q_proj": "row"}}
+"""Another plan than the best."""
 
 
 # ---- on two ranks ---------------------------------------------------------------------------------------------------
@@ -131,6 +135,10 @@ def published(folder: str) -> None:
             many = autotp.parallelize(model, one.args, one.kwargs, cluster=splitting_pays(), weights=path)
             equal(many.full_state_dict(), one.model.state_dict())
             torch.testing.assert_close(many(**one.kwargs).loss, one.model(**one.kwargs).loss)
+        autotp.save(f"{folder}/{name}-saved", many)
+        saved = f"{folder}/{name}-saved"
+        again = autotp.parallelize(bare, (), one.kwargs, cluster=splitting_pays(), weights=saved, pins=OTHER[name])
+        equal(again.full_state_dict(), one.model.state_dict())
         exported = Path(folder, f"{name}-exported")
         for limit, count in ((20_000, None), (5_000_000_000, 1)):
             autotp.export(exported, many, shard_bytes=limit)
@@ -154,8 +162,18 @@ def seeded(folder: str) -> None:
     equal(many.full_state_dict(), wanted)
     with pytest.raises(AutotpError, match=r"the model's weights .* is not the same on every rank"):
         autotp.parallelize(lambda: Tied(31), (IDS,), cluster=splitting_pays())
+    file = autotp.save(f"{folder}/tied", many) / "autotp.pt"
+    many = autotp.parallelize(lambda: Tied(31).half(), (IDS,), cluster=splitting_pays(), weights=f"{folder}/tied", check=False)
+    equal(many.full_state_dict(), {name: value.half() for name, value in wanted.items()})
+    dist.barrier()
     if dist.get_rank() == 1:
         save_file({"embed.weight": torch.randn(31, 4)}, f"{folder}/other.safetensors")
+        content = bytearray(file.read_bytes())
+        content[100] ^= 1
+        file.write_bytes(content)
+    dist.barrier()
+    with pytest.raises(AutotpError, match="autotp.pt is damaged"):
+        autotp.parallelize(lambda: Tied(31), (IDS,), weights=f"{folder}/tied")
     with pytest.raises(AutotpError, match=r"there is no file or directory .* \(on rank 0\)"):
         autotp.parallelize(lambda: Tied(31), (IDS,), weights=f"{folder}/other.safetensors" if dist.get_rank() else f"{folder}/none")
 

@@ -36,10 +36,10 @@ def agree(payload: str | bytes, what: str, group: Group = None) -> None:
     if not dist.is_initialized():
         return
     digests = _gather(sha256(payload.encode() if isinstance(payload, str) else payload).digest(), group)
-    others = [rank for rank, digest in zip(_ranks(group), digests, strict=True) if digest != digests[0]]
+    others = [rank for rank, digest in zip(members(group), digests, strict=True) if digest != digests[0]]
     if others:
         named = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(map(str, others))} have"
-        raise AutotpError(f"{what} is not the same on every rank: {named} another than rank {_ranks(group)[0]}; {SAME}")
+        raise AutotpError(f"{what} is not the same on every rank: {named} another than rank {members(group)[0]}; {SAME}")
 
 
 def agree_on(facts: Mapping[str, str | None], group: Group = None) -> None:
@@ -50,7 +50,7 @@ def agree_on(facts: Mapping[str, str | None], group: Group = None) -> None:
     """
     if not dist.is_initialized():
         return
-    stated = list(zip(_ranks(group), _gather(dict(facts), group), strict=True))
+    stated = list(zip(members(group), _gather(dict(facts), group), strict=True))
     for name in facts:
         known = [(rank, found[name]) for rank, found in stated if found.get(name) is not None]
         for rank, value in known[1:]:
@@ -123,7 +123,7 @@ def together(step: Callable[[], T], group: Group = None) -> T:
         return result  # type: ignore[return-value]
     message = None if failure is None else str(failure) if isinstance(failure, AutotpError) else f"{type(failure).__name__}: {failure}"
     messages: list[str | None] = _gather(message, group)
-    failed = [(rank, text) for rank, text in zip(_ranks(group), messages, strict=True) if text is not None]
+    failed = [(rank, text) for rank, text in zip(members(group), messages, strict=True) if text is not None]
     if not failed:
         return result  # type: ignore[return-value]
     rank, text = failed[0]
@@ -140,7 +140,7 @@ def _axes(group: Group) -> list[dist.ProcessGroup | None]:
     return [group.get_group(axis) for axis in range(group.ndim)] if isinstance(group, DeviceMesh) else [group]
 
 
-def _ranks(group: Group) -> list[int]:
+def members(group: Group) -> list[int]:
     """The numbers of the ranks among all that run, in the order of `_gather`."""
     if isinstance(group, DeviceMesh):
         ranks: list[int] = group.mesh.flatten().tolist()
@@ -149,7 +149,7 @@ def _ranks(group: Group) -> list[int]:
 
 
 def _gather(value: Any, group: Group) -> list[Any]:
-    """What every rank passes, on every rank, in the order of `_ranks`."""
+    """What every rank passes, on every rank, in the order of `members`."""
     values = [value]
     for axis in reversed(_axes(group)):
         parts: list[list[Any]] = [[]] * dist.get_world_size(axis)

@@ -32,8 +32,8 @@ from autotp.runtime import optimizer_state
 from autotp.runtime.generators import random_state, resume_random
 from autotp.runtime.joint import Joint
 from autotp.runtime.module import graphs_of
+from autotp.runtime.saved_weights import PREFIX
 
-PREFIX = "model."
 PLAIN = "autotp.pt"
 """The file of all that is no tensor of the model or the optimizer."""
 

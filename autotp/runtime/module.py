@@ -423,7 +423,7 @@ def _local_value(spec: StateSpec, values: Mapping[str, Tensor | StoredTensor], s
         value = values[spec.name]
     except KeyError:
         raise AutotpError(f"no value is given for {spec.kind} '{spec.name}'; give the full tensor") from None
-    if isinstance(value, StoredTensor):
+    if not isinstance(value, Tensor):
         return value.local_part(spec.layout, sharded.mesh, sharded.coordinate, spec.type.dtype, device)
     if (tuple(value.shape), value.dtype) != (spec.type.hint, spec.type.dtype):
         raise AutotpError(

@@ -1,6 +1,7 @@
-"""Reading a checkpoint of safetensors files, as Hugging Face publishes them: each rank reads the slices that it holds, and no more.
+"""Reading the weights of a model from files, by its names for them: each rank reads the slices that it holds, and no more.
 
-The files are mapped into memory and copied slice by slice to where the parameters live; no rank ever makes a whole tensor.
+Here for safetensors files, as Hugging Face publishes them. They are mapped into memory and copied slice by slice to where the parameters
+live; no rank ever makes a whole tensor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +25,25 @@ from autotp.runtime.chunks import boxes, cut_box
 INDEX = ".safetensors.index.json"
 
 
+class StoredTensor(Protocol):
+    """A tensor in a file, of which pieces can be read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+
+    def local_part(
+        self, layout: Layout, mesh: tuple[int, ...], coordinate: Coordinate, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """What the rank at `coordinate` holds of it, as `runtime.state.local_part` cuts it, in `dtype` on `device`."""
+
+
 @dataclass(frozen=True)
-class StoredTensor:
+class SafeTensor:
     """A tensor in a safetensors file: its key there, its shape and its dtype."""
 
     file: Path
@@ -53,16 +72,16 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint: where it is, and its tensors by their keys."""
+    """A checkpoint: where it is, its tensors by their keys, and its files."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
+    files: tuple[Path, ...]
 
     def digest(self) -> bytes:
         """A digest of all keys, shapes and dtypes, and of the files' sizes."""
-        files = sorted({tensor.file for tensor in self.tensors.values()})
         types = [(key, tensor.shape, str(tensor.dtype)) for key, tensor in sorted(self.tensors.items())]
-        return sha256(repr((types, [file.stat().st_size for file in files])).encode()).digest()
+        return sha256(repr((types, [file.stat().st_size for file in self.files])).encode()).digest()
 
     def keys_of(self, names: Iterable[str]) -> dict[str, str]:
         """The key of each of these names of a model that is found: the name itself, or with one leading part more or less.
@@ -83,7 +102,7 @@ class Weights:
         return found
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_safetensors(path: str | Path) -> Weights:
     """The checkpoint at `path`: a safetensors file, an index of several, or a directory with one of them. Reads no values.
 
     Raises:
@@ -91,17 +110,17 @@ def open_weights(path: str | Path) -> Weights:
     """
     place = _place(Path(path))
     if not place.name.endswith(INDEX):
-        return Weights(place, _tensors(place))
+        return Weights(place, _tensors(place), (place,))
     try:
         listed: dict[str, str] = json.loads(place.read_bytes())["weight_map"]
-        files = {place.parent / name for name in listed.values()}
+        files = tuple(sorted({place.parent / name for name in listed.values()}))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise AutotpError(f"{place} is no index of safetensors files: it has no weight_map; download it again") from None
-    tensors = {key: tensor for file in sorted(files) for key, tensor in _tensors(file).items()}
+    tensors = {key: tensor for file in files for key, tensor in _tensors(file).items()}
     absent = [key for key in listed if key not in tensors]
     if absent:
         raise AutotpError(f"{place} lists '{absent[0]}', which is not in {listed[absent[0]]}; download the checkpoint again")
-    return Weights(place.parent, tensors)
+    return Weights(place.parent, tensors, files)
 
 
 def _place(path: Path) -> Path:
@@ -118,16 +137,16 @@ def _place(path: Path) -> Path:
             return (usual or found)[0]
         if found:
             raise AutotpError(f"{path} has {len(found)} files {pattern}, such as {found[0].name}; give the one that is meant")
-    raise AutotpError(f"{path} has no safetensors file; give the directory of a checkpoint in that format")
+    raise AutotpError(f"{path} has neither safetensors files nor a checkpoint of autotp.save(); give a directory that has one of them")
 
 
-def _tensors(file: Path) -> dict[str, StoredTensor]:
+def _tensors(file: Path) -> dict[str, SafeTensor]:
     found = {}
     with _opened(file) as content:
         for key in content.keys():  # noqa: SIM118 (not a mapping)
             stored = content.get_slice(key)
             shape = tuple(stored.get_shape())
-            found[key] = StoredTensor(file, key, shape, (stored[0:0] if shape else content.get_tensor(key)).dtype)
+            found[key] = SafeTensor(file, key, shape, (stored[0:0] if shape else content.get_tensor(key)).dtype)
     return found
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from autotp.errors import AutotpError
 from autotp.runtime.state import local_part
-from autotp.runtime.weights import open_weights
+from autotp.runtime.weights import open_safetensors
 from tests.runtime.test_chunks import CASES
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def test_a_rank_reads_its_part(name: str, tmp_path: Path) -> None:
     shape, layout, mesh = CASES[name]
     full = torch.arange(prod(shape), dtype=torch.float32).reshape(shape)
     save_file({"weight": full}, tmp_path / "model.safetensors")
-    stored = open_weights(tmp_path).tensors["weight"]
+    stored = open_safetensors(tmp_path).tensors["weight"]
     assert (stored.shape, stored.dtype) == (shape, torch.float32)
     for coordinate in product(*map(range, mesh)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -34,7 +34,7 @@ def test_a_rank_reads_its_part(name: str, tmp_path: Path) -> None:
 def test_names_with_a_part_more_or_less(tmp_path: Path) -> None:
     def keys(*names: str) -> dict[str, str]:
         save_file({name: torch.zeros(1) for name in stored}, tmp_path / "model.safetensors")
-        return open_weights(tmp_path / "model.safetensors").keys_of(names)
+        return open_safetensors(tmp_path / "model.safetensors").keys_of(names)
 
     stored = ["a.b", "a.c", "head"]
     assert keys("a.b", "head") == {"a.b": "a.b", "head": "head"}
@@ -49,19 +49,19 @@ def test_names_with_a_part_more_or_less(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     def refused(match: str, path: Path = tmp_path) -> None:
         with pytest.raises(AutotpError, match=match):
-            open_weights(path)
+            open_safetensors(path)
 
     refused("there is no file or directory", tmp_path / "none")
-    refused("has no safetensors file")
+    refused("has neither safetensors files nor")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    refused("has no safetensors file")
+    refused("has neither safetensors files nor")
     refused("pytorch_model.bin is no safetensors file", tmp_path / "pytorch_model.bin")
     save_file({"weight": torch.arange(100.0)}, tmp_path / "part.safetensors")
-    assert set(open_weights(tmp_path).tensors) == {"weight"}
+    assert set(open_safetensors(tmp_path).tensors) == {"weight"}
     save_file({"weight": torch.arange(100.0)}, tmp_path / "other.safetensors")
     refused(r"has 2 files \*.safetensors, such as other.safetensors; give the one that is meant")
     content = (tmp_path / "part.safetensors").read_bytes()
-    stored = open_weights(tmp_path / "part.safetensors").tensors["weight"]
+    stored = open_safetensors(tmp_path / "part.safetensors").tensors["weight"]
     for damaged in (b"", content[:50], content[:-7], b"\xff" * 16 + content):
         (tmp_path / "part.safetensors").write_bytes(damaged)
         refused("part.safetensors cannot be read .*; download it again", tmp_path / "part.safetensors")
