@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from autotp import _torch
 from autotp.errors import AutotpError
-from autotp.layouts import Coordinate, Move, at_sizes
+from autotp.layouts import COLLECTIVES, Coordinate, Move, at_sizes
+from autotp.runtime.accumulation import Accumulation
 from autotp.runtime.comm import Comm, Flight, Steps, run, start
 from autotp.runtime.prefetch import Prefetched, Reduction, refuse_second_derivatives
 from autotp.runtime.primitives import Primitive, backward_primitive, forward_primitive
@@ -54,6 +55,7 @@ class Convert(nn.Module):
     """
 
     comm: Comm
+    accumulation: Accumulation | None = None
 
     def __init__(
         self,
@@ -127,12 +129,24 @@ class Convert(nn.Module):
         forward, _, idle = self._planned(rest, x.device)
         if idle:
             return None
-        wanted = [x] if self.gradient and x.requires_grad and torch.is_grad_enabled() else []
+        wanted = [x] if self.gradient and x.requires_grad and torch.is_grad_enabled() and not self._delays(x, rest) else []
         begin = partial(start, forward, x.detach(), self.comm, "last")
         return Prefetched((begin(),), self.reduction(rest, x.device), wanted, begin)
 
     def forward(self, x: Tensor, *rest: Any, prefetched: Prefetched | None = None) -> Tensor:
         """The local tensor in the target layout; `x` is not modified, and itself returned if nothing is to be done."""
+        if self.accumulation is not None and self._delays(x, rest):
+            return self.accumulation.hold((id(self), 0, id(x)), self._converted(x.detach(), rest, prefetched))
+        result = self._converted(x, rest, prefetched)
+        return result if self.accumulation is None else self.accumulation.joined((id(self), 0, id(x)), result)
+
+    def _delays(self, x: Tensor, rest: tuple[Any, ...]) -> bool:
+        """Whether the exchanges for the gradient of `x` are put off."""
+        if self.accumulation is None or not self.gradient or not self.accumulation.delays(x):
+            return False
+        return any(step.name in COLLECTIVES for step in self._planned(rest, x.device)[1])
+
+    def _converted(self, x: Tensor, rest: tuple[Any, ...], prefetched: Prefetched | None) -> Tensor:
         taken = None if prefetched is None else prefetched.take()
         if taken is not None:
             return taken[0]
@@ -163,6 +177,7 @@ class Bucket(nn.Module):
     """
 
     comm: Comm
+    accumulation: Accumulation | None = None
 
     def __init__(self, axis_path: tuple[Move, ...], count: int) -> None:
         super().__init__()
@@ -189,13 +204,23 @@ class Bucket(nn.Module):
     def prefetch(self, *tensors: Tensor) -> Prefetched | None:
         """Begin; what comes back is passed to `forward` as `prefetched`. None if no tensor wants a gradient."""
         wanted = [tensor for tensor in tensors if tensor.requires_grad and torch.is_grad_enabled()]
-        if not wanted:
+        if not wanted or (self.accumulation is not None and self.accumulation.delays(wanted[0])):
             return None
         values = tuple(Flight(tensor.detach()) for tensor in tensors)
         return Prefetched(values, self.reduction(tensors), wanted)
 
     def forward(self, *tensors: Tensor, prefetched: Prefetched | None = None) -> tuple[Tensor, ...]:
         """The same tensors; their gradients are merged."""
+        waiting = self.accumulation
+        if waiting is None or not (waiting.delaying or waiting.open):
+            return self._merged(tensors, prefetched)
+        keys = [(id(self), place, id(tensor)) for place, tensor in enumerate(tensors)]
+        if any(waiting.delays(tensor) for tensor in tensors):
+            return tuple(waiting.hold(key, x) if waiting.delays(x) else x for key, x in zip(keys, tensors, strict=True))
+        merged = self._merged(tensors, prefetched)
+        return tuple(waiting.joined(key, x) for key, x in zip(keys, merged, strict=True))
+
+    def _merged(self, tensors: tuple[Tensor, ...], prefetched: Prefetched | None) -> tuple[Tensor, ...]:
         taken = None if prefetched is None else prefetched.take()
         if taken is not None:
             return taken
@@ -247,11 +272,11 @@ def unflatten(buffers: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]
     return [next(parts[tensor.dtype]).view(tensor.shape) for tensor in like]
 
 
-def bind(module: nn.Module, comm: Comm) -> None:
-    """Lets every `Convert` and `Bucket` in `module` communicate through `comm`."""
+def bind(module: nn.Module, comm: Comm, accumulation: Accumulation | None = None) -> None:
+    """Lets every `Convert` and `Bucket` in `module` communicate through `comm`; `accumulation` may put off reductions."""
     for child in module.modules():
         if isinstance(child, (Convert, Bucket)):
-            child.comm = comm
+            child.comm, child.accumulation = comm, accumulation
 
 
 class _NotBound:

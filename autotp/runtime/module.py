@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from autotp._torch import dtensor_wrapper, gradient_hooks, local_of, tree_unflatten
 from autotp.errors import AutotpError
+from autotp.runtime.accumulation import Accumulation
 from autotp.runtime.agreement import agree_on
 from autotp.runtime.arguments import Arguments
 from autotp.runtime.collectives import bind
@@ -107,7 +109,9 @@ class ParallelModule(Container):
         self._places = tuple(spec.position for spec in sharded.outputs)
         if trained_mode is not None:
             self.train(trained_mode)
-        bind(sharded.graph, ProcessComm(device_mesh))
+        leaves = {id(slot.leaf): (slot.shown, slot.spec.name) for slot in self._held if slot.spec.kind == "parameter"}
+        self._accumulation: Accumulation = beside._accumulation if beside is not None and twin else Accumulation(leaves)
+        bind(sharded.graph, ProcessComm(device_mesh), self._accumulation)
         self._exact = any(isinstance(child, ExactCall) for child in sharded.graph.modules())
         self._run = plain_function(sharded.graph)
         self._split = {id(slot.shown): slot.spec.name for slot in self._held if slot.spec.kind == "parameter" and slot.spec.layout.splits}
@@ -189,8 +193,9 @@ class ParallelModule(Container):
         """Called before each step of any optimizer: refuse one that would step otherwise on pieces of parameters than on the whole.
 
         Raises:
-            AutotpError: it would, or nobody can tell.
+            AutotpError: it would, or nobody can tell; or gradients are not reduced yet.
         """
+        self._accumulation.check(optimizer)
         sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
         if self._checked.get(optimizer) != sizes:
             check_step(optimizer, self._split, self._device_mesh)
@@ -205,6 +210,20 @@ class ParallelModule(Container):
         said = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, sizes, strict=True))
         agree_on({"the input of this call": said}, self._device_mesh)
         self._met.add(sizes)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """A context for all micro-steps of a gradient accumulation but the last: the gradients of parameters are not exchanged.
+
+        They are added up as they are, beside `parameter.grad`, and join it in the first backward of a forward outside of the context: of
+        a weight that is gathered for use, at its full size; of one that every rank holds, at its own. Exchanges of activations remain.
+        A forward and its backward belong together: it is where the forward runs that counts. Under `torch.compile` nothing is put off.
+        """
+        return self._accumulation.delayed()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, also those that wait for their reduction."""
+        self._accumulation.clear()
+        super().zero_grad(set_to_none)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The `state_dict` of the original model: plain full tensors on every rank. All ranks must call it."""
