@@ -31,7 +31,6 @@ from autotp.runtime import checkpoint_files as files
 from autotp.runtime import optimizer_state
 from autotp.runtime.generators import random_state, resume_random
 from autotp.runtime.joint import Joint
-from autotp.runtime.module import graphs_of
 from autotp.runtime.saved_weights import PREFIX
 
 PLAIN = "autotp.pt"
@@ -72,7 +71,7 @@ def save(
         tensors, plain = work.each(lambda: _state_of(module, optimizer, keep))
         aside = work.first(lambda: files.begin(path))
         try:
-            plain |= {"random": work.gather(random_state(graphs_of(module), _device(module))), "extra": extra}
+            plain |= {"random": work.gather(random_state(module)), "extra": extra}
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             with _quiet():
                 writer = FileSystemWriter(aside)
@@ -199,11 +198,7 @@ def _put_back(
     module.load_state_dict({**state, **plain["others"]})
     if optimizer is not None:
         optimizer_state.unpack(optimizer, module, plain["optimizer"], tensors)
-        resume_random(graphs_of(module), plain["random"], rank)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        resume_random(module, plain["random"], rank)
 
 
 def _listed(names: list[str], quoted: bool = True) -> str:

@@ -312,11 +312,6 @@ class ParallelModule(Container):
         return owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers, key
 
 
-def graphs_of(module: nn.Module) -> list[nn.Module]:
-    """The graphs that the parallel modules in `module` run (see `autotp.sharded.Sharded`)."""
-    return [part._sharded.graph for part in module.modules() if isinstance(part, ParallelModule)]
-
-
 class _Slot:
     """One state tensor: `shown` is registered as `owner[key]`, the graph reads `leaf`; both lie on the same storage.
 

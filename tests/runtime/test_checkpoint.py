@@ -161,9 +161,13 @@ def test_any_mesh_continues_from_any_other(tmp_path: Path) -> None:
 # ---- on two ranks ---------------------------------------------------------------------------------------------------
 
 
-def parallel(dropout: float = 0.0) -> tuple[autotp.ParallelModule, nn.Module, tuple[Any, ...]]:
+def parallel(
+    dropout: float = 0.0, training: bool = True, randomness: str = "independent"
+) -> tuple[autotp.ParallelModule, nn.Module, tuple[Any, ...]]:
     model, args = tiny(dropout)
-    return autotp.parallelize(model, args, cluster=splitting_pays(), pins=PINS, check=False), model, args
+    model.train(training)
+    many = autotp.parallelize(model, args, cluster=splitting_pays(), pins=PINS, check=False, randomness=randomness)
+    return many, model, args
 
 
 def training_goes_on(folder: str) -> None:
@@ -181,6 +185,28 @@ def training_goes_on(folder: str) -> None:
         found = [step(into, fresh, *args) for _ in range(2)], torch.rand(()), whole(into, fresh)
         assert found[:2] == wanted[:2]
         assert_same(found[2], wanted[2], "after two more steps")
+    evaluated = parallel(dropout=0.3, training=False)[0]  # its graph of training, which has the seeds, is made only now
+    autotp.load(f"{folder}/dropout", evaluated, optimizer_of(evaluated))
+    step(evaluated.train(), optimizer_of(evaluated), *args)
+    autotp.load(f"{folder}/dropout", module)
+    step(module, optimizer_of(module), *args)
+    assert not torch.equal(evaluated.random_state()["seeds"], module.random_state()["seeds"])  # without an optimizer: as it was
+    autotp.load(f"{folder}/dropout", module, optimizer)
+    step(module, optimizer, *args)
+    assert torch.equal(evaluated.random_state()["seeds"], module.random_state()["seeds"])
+
+
+def one_device_goes_on(folder: str) -> None:
+    """With exact randomness one device takes over, and its losses are those that the ranks would have had."""
+    module, model, args = parallel(dropout=0.3, randomness="exact")
+    pair = [optimizer_of(part) for part in (module, model)]
+    step(module, pair[0], *args)
+    autotp.save(f"{folder}/exact", module, pair[0])
+    wanted = [step(module, pair[0], *args) for _ in range(2)]
+    autotp.load(f"{folder}/exact", model, pair[1])
+    torch.testing.assert_close([step(model, pair[1], *args) for _ in range(2)], wanted, atol=1e-5, rtol=1e-5)
+    autotp.load(f"{folder}/exact", module, pair[0])
+    assert [step(module, pair[0], *args) for _ in range(2)] == wanted
 
 
 def plain_checkpoints_of_torch(folder: str) -> None:
@@ -334,5 +360,5 @@ def all_of(folder: str, *checks: Callable[[str], None]) -> None:
 
 
 def test_checkpoints_of_two_ranks(tmp_path: Path) -> None:
-    checks = (training_goes_on, plain_checkpoints_of_torch, numbered, whole_state, refusals, damaged, disk_full)
+    checks = (training_goes_on, one_device_goes_on, plain_checkpoints_of_torch, numbered, whole_state, refusals, damaged, disk_full)
     run_ranks(all_of, 2, str(tmp_path), *checks)
