@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autotp.batch_axes import sizes_of
 from autotp.eager_check import confirm
 from autotp.errors import AutotpError
-from autotp.initial import Model, agree_on_values, built, open_weights, state_values
+from autotp.initial import Model, agree_on_values, begin, state_values
 from autotp.mesh import parse_mesh
 from autotp.mesh_choice import does_not_fit, plan_on
 from autotp.mesh_search import MeshSearch, Traced
@@ -157,8 +157,7 @@ def parallelize(
         AutotpError: on every rank alike, so that none is left waiting.
     """
     group = ranks_of(mesh)
-    stored = open_weights(weights, group)
-    model = together(lambda: built(model, seed=seed, deferred=stored is not None), group)
+    model, stored = begin(model, weights, seed, group)
     agree_on(facts(model, args, kwargs, mesh, plan), group)
     together(lambda: _check_plan(plan, alone=cluster is None and memory is None and pins is None), group)
     given = once(lambda: Plan.load(plan) if isinstance(plan, (str, Path)) else plan, group)

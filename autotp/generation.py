@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autotp.api import Mesh, cluster_of
 from autotp.errors import AutotpError
-from autotp.initial import Model, agree_on_values, built, open_weights, state_values
+from autotp.initial import Model, agree_on_values, begin, state_values
 from autotp.key_value_cache import NAME, cache_shapes, step_inputs, with_cache
 from autotp.loading import PHASES, Phase
 from autotp.mesh import parse_mesh
@@ -92,8 +92,7 @@ def parallelize_generation(
         AutotpError: on every rank alike, so that none is left waiting.
     """
     group = ranks_of(mesh)
-    stored = open_weights(weights, group)
-    model = together(lambda: built(model, seed=None, deferred=stored is not None), group)
+    model, stored = begin(model, weights, None, group)
     agree_on(facts(model, (), {"batch": batch, "context": context, "prompt": prompt}, mesh), group)
     device_mesh = device_mesh_of(mesh)
     device = torch.device(device_mesh.device_type)

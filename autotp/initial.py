@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from autotp import _torch
 from autotp.errors import AutotpError
+from autotp.huggingface_weights import converted
 from autotp.program import Program
 from autotp.runtime import checkpoint_files as files
 from autotp.runtime.agreement import Group, agree, members, together
@@ -52,6 +53,17 @@ def built(model: Model, *, seed: int | None, deferred: bool) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise AutotpError(f"the function that builds the model returned {type(made).__name__}; it must return a torch.nn.Module")
     return made
+
+
+def begin(model: Model, weights: str | Path | None, seed: int | None, group: Group) -> tuple[nn.Module, Weights | None]:
+    """The model, built if that is asked for, and the checkpoint that it starts from, by its names. Every rank of `group` calls this.
+
+    Raises:
+        AutotpError: on every rank: see `built` and `open_weights`.
+    """
+    stored = open_weights(weights, group)
+    made = together(lambda: built(model, seed=seed, deferred=stored is not None), group)
+    return made, together(lambda: None if stored is None else converted(stored, made), group)
 
 
 def open_weights(path: str | Path | None, group: Group = None) -> Weights | None:

@@ -139,6 +139,12 @@ def published(folder: str) -> None:
         saved = f"{folder}/{name}-saved"
         again = autotp.parallelize(bare, (), one.kwargs, cluster=splitting_pays(), weights=saved, pins=OTHER[name])
         equal(again.full_state_dict(), one.model.state_dict())
+        if name == "llama":
+            build = lambda: kind.from_config(config).eval()  # noqa: E731, B023
+            writer = autotp.parallelize_generation(build, batch=2, context=12, cluster=splitting_pays(), weights=whole)
+            ids = one.kwargs["input_ids"][:2, :5]
+            wanted_tokens = one.model.eval().generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+            assert torch.equal(writer.generate(ids, max_new_tokens=4), wanted_tokens)
         exported = Path(folder, f"{name}-exported")
         for limit, count in ((20_000, None), (5_000_000_000, 1)):
             autotp.export(exported, many, shard_bytes=limit)

@@ -60,7 +60,7 @@ class SafeTensor:
             AutotpError: the file cannot be read any more.
         """
         local = torch.empty(local_shape(self.shape, layout, mesh, coordinate), dtype=dtype, device=device)
-        with _opened(self.file) as content:  # anew for each tensor, so that what was mapped is given up
+        with opened(self.file) as content:  # anew for each tensor, so that what was mapped is given up
             if not self.shape:
                 return local.copy_(content.get_tensor(self.key))
             stored = content.get_slice(self.key)
@@ -142,7 +142,7 @@ def _place(path: Path) -> Path:
 
 def _tensors(file: Path) -> dict[str, SafeTensor]:
     found = {}
-    with _opened(file) as content:
+    with opened(file) as content:
         for key in content.keys():  # noqa: SIM118 (not a mapping)
             stored = content.get_slice(key)
             shape = tuple(stored.get_shape())
@@ -150,7 +150,12 @@ def _tensors(file: Path) -> dict[str, SafeTensor]:
     return found
 
 
-def _opened(file: Path) -> safe_open:
+def opened(file: Path) -> safe_open:
+    """A safetensors file, to be used as a context.
+
+    Raises:
+        AutotpError: it is missing, or cut off.
+    """
     try:
         return safe_open(file, "pt")
     except FileNotFoundError:
