@@ -1,5 +1,6 @@
 """Train a small Llama on Shakespeare's sonnets, character by character, with checkpoints, on any number of CPU ranks:
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1     # for restarts: see docs/running.md
     torchrun --nproc-per-node 2 --max-restarts 3 examples/04_train_with_checkpoints.py run
 
 Stop it, kill one of its processes, start it again on three ranks, or on one: it goes on from the last checkpoint in the folder `run`, and
