@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy
 
@@ -15,7 +16,7 @@ from autotp.overlap import overlaps
 from autotp.price.conversion import ConversionPrices
 from autotp.price.work import Seconds, node_seconds, update_seconds
 from autotp.problem import Bucket, Choice, Link, Matrix, Problem
-from autotp.program import Ref
+from autotp.program import Ref, map_refs
 from autotp.strategies import Space, Strategy
 
 
@@ -65,7 +66,7 @@ def formulate(
     nodes: list[int | None] = list(members)
     number = {node: place for place, node in enumerate(members)}
     strategies: list[tuple[Strategy, ...]] = [space.strategies[node] for node in members]
-    times = {node: [_seconds(space, prices, node, strategy) for strategy in space.strategies[node]] for node in members}
+    times = _times(space, prices)
     choices = []
     for node in members:
         seconds = tuple(time.total * len(members[node]) for time in times[node])
@@ -122,6 +123,21 @@ def outgoing_tensors(space: Space, border: Border) -> list[tuple[Ref, Layout]]:
         if isinstance(value, Ref):
             found.append((value, border.outputs.get(position, whole)))
     return [(Ref(stands_for[ref.node], ref.output), layout) for ref, layout in found]
+
+
+def _times(space: Space, prices: ConversionPrices) -> dict[int, list[Seconds]]:
+    """Representative node → the seconds of one copy with each of its strategies; nodes that do the same share them."""
+    program, known = space.program, dict[Any, list[Seconds]]()
+    found = {}
+    for index in space.folding.members:
+        node, strategies = program.nodes[index], space.strategies[index]
+        arguments = repr(map_refs((node.args, node.kwargs), lambda leaf: "·" if isinstance(leaf, Ref) else leaf))
+        types = tuple(program.type_of(ref) for ref in node.inputs)
+        key = (node.kind, node.op, arguments, types, node.outputs, prices.accesses(program)[index], strategies)
+        if key not in known:
+            known[key] = [_seconds(space, prices, index, strategy) for strategy in strategies]
+        found[index] = known[key]
+    return found
 
 
 def _seconds(space: Space, prices: ConversionPrices, index: int, strategy: Strategy) -> Seconds:

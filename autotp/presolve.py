@@ -23,7 +23,7 @@ SWEEPS = 4
 """Sweeps there and back over the choices between two looks at the bound."""
 DEAREST = 1e-3
 """Seconds per byte at which nothing counts but bytes."""
-MANY = 0.8
+MANY = 0.9
 """The problem is made smaller before branching if no more than this part of its strategies is left."""
 PRICES = 10
 """How many multipliers are tried at most between two decisions."""

@@ -6,7 +6,7 @@ P if it was summed away. Besides, every operator may run with all tensors I, wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -95,11 +95,15 @@ def build_space(
     ]
     cuts = candidate_cuts(bound, prod(mesh), border)
     strategies = {}
+    listed: dict[_Kind, tuple[Strategy, ...]] = {}
     for index in folding.members:
         node = program.nodes[index]
         if node.kind == "op":
             places = {(output, i): refs for (owner, output, i), refs in _of_node(slots, node)}
-            strategies[index] = _op_strategies(node, program, rules[index], cuts, places, len(mesh))
+            kind = _kind_of(node, program, rules[index], cuts, places)
+            if kind not in listed:
+                listed[kind] = _op_strategies(kind, rules[index], cuts.parts, len(mesh))
+            strategies[index] = listed[kind]
         elif (node.kind == "parameter" or index in program.updated) and Ref(index) not in declared:
             strategies[index] = _resting_strategies(node, cuts, len(mesh))
         else:
@@ -130,11 +134,6 @@ def _slots(program: Program, folding: Folding) -> dict[tuple[int, bool, int], tu
     return {key: tuple(refs) for key, refs in found.items()}
 
 
-def _replicated(node: Node, operands: int, axes: int) -> Strategy:
-    layout = uniform("I", axes)
-    return Strategy(("I",) * axes, (), (layout,) * operands, (layout,) * len(node.outputs))
-
-
 def _resting_strategies(node: Node, cuts: CutTable, axes: int) -> tuple[Strategy, ...]:
     """A parameter, or a buffer that the forward changes, rests whole or split.
 
@@ -157,22 +156,50 @@ def _resting_strategies(node: Node, cuts: CutTable, axes: int) -> tuple[Strategy
     return tuple(sorted(found, key=lambda strategy: sum(kind != "I" for kind in strategy.outputs[0].kinds)))
 
 
-def _op_strategies(
-    node: Node,
-    program: Program,
-    rule: Rule | None,
-    cuts: CutTable,
-    places: dict[tuple[bool, int], tuple[Ref, ...]],
-    axes: int,
-) -> tuple[Strategy, ...]:
-    operands = tuple(program.type_of(ref) for ref in node.inputs)
+@dataclass(frozen=True)
+class _Kind:
+    """All that the strategies of an operator depend on, beside the mesh: nodes of one kind have the same.
+
+    Attributes:
+        content: what the rule says of operands and outputs; None without a rule.
+        cuts: the factors that may be split, with their cuts.
+        operands, outputs: of every tensor, whether it has a gradient, and whether it holds truth values.
+    """
+
+    content: tuple[object, ...] | None
+    cuts: tuple[tuple[str, tuple[Cut, ...]], ...]
+    operands: tuple[_Tensor, ...]
+    outputs: tuple[_Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    requires_grad: bool
+    may_be_partial: bool
+    """Truth values have no summands."""
+
+
+def _kind_of(node: Node, program: Program, rule: Rule | None, cuts: CutTable, places: dict[tuple[bool, int], tuple[Ref, ...]]) -> _Kind:
+    def tensor(one: TensorType) -> _Tensor:
+        return _Tensor(one.requires_grad, one.dtype != torch.bool)
+
+    operands = tuple(tensor(program.type_of(ref)) for ref in node.inputs)
+    outputs = tuple(map(tensor, node.outputs))
     if rule is None:
-        return (_replicated(node, len(operands), axes),)
-    factor_cuts = {name: cuts.usable_cuts(rule, name, places) for name in rule.splittable}
+        return _Kind(None, (), operands, outputs)
+    content = (tuple(rule.factors.items()), rule.operands, rule.outputs, rule.linear, rule.summands, rule.reduction)
+    return _Kind(content, tuple((name, cuts.usable_cuts(rule, name, places)) for name in rule.splittable), operands, outputs)
+
+
+def _op_strategies(kind: _Kind, rule: Rule | None, parts: int, axes: int) -> tuple[Strategy, ...]:
+    if rule is None:
+        layout = uniform("I", axes)
+        return (Strategy(("I",) * axes, (), (layout,) * len(kind.operands), (layout,) * len(kind.outputs)),)
+    factor_cuts = dict(kind.cuts)
     groups = [
         f"P{number}"
         for number, group in enumerate(rule.linear)
-        if _may_be_partial([*node.outputs, *(operands[place] for place in group)])
+        if all(tensor.may_be_partial for tensor in (*kind.outputs, *(kind.operands[place] for place in group)))
     ]
     options = ["I", "R", *groups, *rule.splittable]
     found: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Strategy] = {}
@@ -184,15 +211,10 @@ def _op_strategies(
         for chosen in product(*(range(len(factor_cuts[name])) for name in split_on)):
             numbers = dict(zip(split_on, chosen, strict=True))
             factors = tuple((name, on, factor_cuts[name][numbers[name]]) for name, on in split_on.items())
-            strategy = _derive(choice, numbers, factors, rule, operands, node.outputs, cuts.parts)
+            strategy = _derive(choice, numbers, factors, rule, kind, parts)
             if strategy is not None:
                 found.setdefault((strategy.operands, strategy.outputs), strategy)
     return tuple(found.values())
-
-
-def _may_be_partial(tensors: Sequence[TensorType]) -> bool:
-    """Truth values have no summands."""
-    return all(tensor.dtype != torch.bool for tensor in tensors)
 
 
 def _derive(
@@ -200,30 +222,29 @@ def _derive(
     numbers: dict[str, int],
     factors: tuple[tuple[str, tuple[int, ...], Cut], ...],
     rule: Rule,
-    operands: tuple[TensorType, ...],
-    outputs: tuple[TensorType, ...],
+    kind: _Kind,
     parts: int,
 ) -> Strategy | None:
     """The layouts that one option per mesh axis implies, or None where an output cannot be partial."""
     out_layouts, in_layouts = [], []
-    for index, tensor in enumerate(outputs):
+    for index, tensor in enumerate(kind.outputs):
         layout = _layout(choice, factors, rule, True, index, rule.reduction, parts)
         if layout is None:
             return None
-        if "P" in layout.kinds and not _may_be_partial([tensor]):
+        if "P" in layout.kinds and not tensor.may_be_partial:
             return None
         if "M" in layout.kinds and tensor.requires_grad:
             return None
         out_layouts.append(layout if tensor.requires_grad else layout.without_gradient())
     summed = [axis for axis in range(len(choice)) if any(layout.kinds[axis] == "P" for layout in out_layouts)]
-    for index, tensor in enumerate(operands):
+    for index, tensor in enumerate(kind.operands):
         layout = _layout(choice, factors, rule, False, index, "R", parts)
         if layout is None:
             return None
         if index in rule.summands:
             kinds = [
-                "P" if axis in summed and kind == "R" and choice[axis] != "R" else kind
-                for axis, kind in enumerate(layout.kinds)
+                "P" if axis in summed and word == "R" and choice[axis] != "R" else word
+                for axis, word in enumerate(layout.kinds)
             ]
             layout = Layout(tuple(kinds), layout.splits)
         in_layouts.append(layout if tensor.requires_grad else layout.without_gradient())

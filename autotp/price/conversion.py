@@ -15,19 +15,17 @@ from autotp.layouts import (
     Layout,
     Move,
     Place,
-    all_layouts,
     at_sizes,
     local_shape,
-    moves_from,
     place_on,
     same_pieces,
-    with_axis,
 )
 from autotp.price.cluster import Cluster
 from autotp.price.communication import Group, collective_seconds, latency_seconds
 from autotp.price.compute import memory_seconds
 from autotp.price.fusion import Access, accesses
 from autotp.price.memory import OPTIMIZERS, Optimizer
+from autotp.price.moves import PRIMITIVES, Index, layouts_of, move_graph
 from autotp.program import Program, Ref, Size, TensorType
 
 
@@ -173,28 +171,28 @@ class PathTable:
 
     def __init__(self, prices: ConversionPrices, tensor: TensorType, cuts: Sequence[tuple[Cut, ...]]) -> None:
         gradient = prices.train and tensor.requires_grad
-        axes = len(prices.mesh)
-        self.layouts = all_layouts(cuts, axes, "IRPS" if gradient else "IPS")
-        if not tensor.requires_grad:
-            self.layouts += [layout for layout in all_layouts(cuts, axes, "IPSM") if "M" in layout.kinds]
+        kind = len(prices.mesh), gradient, not tensor.requires_grad
+        graph, self.layouts = move_graph(tuple(map(len, cuts)), *kind), layouts_of(cuts, *kind)
         places = prices.places.get((tensor, tuple(cuts)))
         if places is not None:
-            kept = [{*some, ("I", -1, None), ("R", -1, None)} for some in places]
-            self.layouts = [found for found in self.layouts if all(place_on(found, axis) in kept[axis] for axis in range(axes))]
+            allowed = [{*some, ("I", -1, None), ("R", -1, None)} for some in places]
+            kept = [all(place_on(found, axis) in some for axis, some in enumerate(allowed)) for found in self.layouts]
+            graph, self.layouts = graph.within(numpy.array(kept)), [found for found, keep in zip(self.layouts, kept, strict=True) if keep]
         self.number = {layout: number for number, layout in enumerate(self.layouts)}
-        count = len(self.layouts)
+        sizes = numpy.array([prices.local_bytes(tensor, layout) for layout in self.layouts])
+        sizes = numpy.maximum(sizes[graph.start], sizes[graph.stop])
+        forward = _seconds(prices, graph.forward, graph.axis, sizes)
+        backward = _seconds(prices, graph.backward, graph.axis, sizes) if gradient else numpy.zeros(len(sizes))
+        for move in graph.renaming:
+            if prices.is_idle(Move(int(graph.axis[move]), self.layouts[graph.start[move]], self.layouts[graph.stop[move]])):
+                forward[move] = backward[move] = 0.0
+        count = graph.count
         self.cost = numpy.full((count, count), numpy.inf)
         numpy.fill_diagonal(self.cost, 0.0)
         self._forward = self.cost.copy()
+        self.cost[graph.start, graph.stop], self._forward[graph.start, graph.stop] = forward + backward, forward
         self._axis = numpy.zeros((count, count), dtype=numpy.int8)
-        for start, layout in enumerate(self.layouts):
-            for move in [*moves_from(layout, cuts, gradient), *_maximum_moves(layout)]:
-                stop = self.number.get(move.target)
-                if stop is None:
-                    continue
-                forward, backward = (0.0, 0.0) if prices.is_idle(move) else prices.move_seconds(move, tensor)
-                self.cost[start, stop], self._forward[start, stop] = forward + backward, forward
-                self._axis[start, stop] = move.axis
+        self._axis[graph.start, graph.stop] = graph.axis
         self._next = numpy.where(numpy.isfinite(self.cost), numpy.arange(count, dtype=numpy.int32)[None, :], numpy.int32(-1))
         self._relax()
 
@@ -245,12 +243,8 @@ class PathTable:
         return tuple(moves)
 
 
-def _maximum_moves(layout: Layout) -> list[Move]:
-    """A maximum is reduced to the full value; nothing else can be done with it."""
-    found = []
-    for axis, kind in enumerate(layout.kinds):
-        if kind == "M":
-            target = with_axis(layout, axis, "I")
-            assert target is not None
-            found.append(Move(axis, layout, target))
-    return found
+def _seconds(prices: ConversionPrices, primitive: Index, axis: Index, sizes: Index) -> NDArray[numpy.float64]:
+    """Time of the primitives of many moves, of which most are alike."""
+    alike, place = numpy.unique(numpy.stack([primitive, axis, sizes]), axis=1, return_inverse=True)
+    traffic = (Traffic(PRIMITIVES[name], on, size) if name else None for name, on, size in alike.T.tolist())
+    return numpy.array([prices.seconds(one) for one in traffic])[place.reshape(-1)]
