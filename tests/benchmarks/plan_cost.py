@@ -1,5 +1,6 @@
 """What planning costs: CPU time against `torch.export` alone, and peak memory, each in cold processes.
 
+    python tests/benchmarks/plan_cost.py --case deepseek-v3
     python tests/benchmarks/plan_cost.py [--mesh 8] [--memory 12GiB] [--batch 32] [--local-batch dp] [--cluster dgx-h100] [MODEL ...]
 
 Per model, one process measures time: it imports everything and exports a toy module first, so that no import is counted;
@@ -16,12 +17,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = [f"examples/configs/llama-3.1-{size}/config.json" for size in ("8b", "70b", "405b")]
 RATIOS = {"8b": 2.0, "70b": 1.6, "405b": 1.5}
 GIGABYTES = {"8b": 0.8, "70b": 0.9, "405b": 1.1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named request: each data-parallel rank has sequences of its own; and the ratio and gigabytes that are asked for."""
+
+    model: str
+    mesh: str
+    batch: int
+    memory: str | None
+    ratio: float
+    gigabytes: float
+    local_batch: str = "dp"
+    cluster: str = "dgx-h100-superpod"
+
+
+CASES = {
+    "8b-32x8": Case("llama-3.1-8b", "dp=32,tp=8", 32, "12GiB", 4.0, 1.0),
+    "70b-32x8": Case("llama-3.1-70b", "dp=32,tp=8", 32, "24GiB", 2.5, 1.0),
+    "405b-64x8": Case("llama-3.1-405b", "dp=64,tp=8", 64, "60GiB", 2.0, 1.5),
+    "deepseek-v3": Case("deepseek-v3", "dp=8,ep=8,tp=4", 8, None, 3.0, 1.5),
+    "deepseek-v3-limit": Case("deepseek-v3", "dp=8,ep=8,tp=4", 8, "70GiB", 3.0, 1.5),
+}
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -52,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         program = trace(loaded.model, loaded.args, loaded.kwargs, dynamic=False)
         traced = time.process_time()
         inputs, outputs = batch_border(program, options.local_batch.split(",")) if options.local_batch else ({}, {})
-        request = Request(parse_mesh(options.mesh), memory=limit, inputs=inputs, outputs=outputs)
+        request = Request(parse_mesh(options.mesh), memory=limit, inputs=inputs, outputs=outputs, overlap=options.overlap)
         plan = make_plan(program, request, load_cluster(options.cluster), loaded.name)
         planned = time.process_time()
         render(plan)
@@ -72,7 +97,8 @@ def flags(options: argparse.Namespace) -> list[str]:
     """The options of the command line that were given."""
     given = {"--mesh": options.mesh, "--memory": options.memory, "--batch": options.batch, "--local-batch": options.local_batch}
     given["--cluster"] = options.cluster
-    return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    return [*words, *(["--overlap"] if options.overlap else [])]
 
 
 def peak_bytes(model: str, options: argparse.Namespace) -> int:
@@ -94,11 +120,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="sequences per step")
     parser.add_argument("--local-batch", help="mesh axes that split the batch of inputs and outputs")
     parser.add_argument("--cluster", default="dgx-h100")
+    parser.add_argument("--overlap", action="store_true", help="price gathers and reductions as hidden by compute")
+    parser.add_argument("--case", choices=CASES, help="one of the named requests, in place of models and their options")
     parser.add_argument("--measure", action="store_true", help="measure the one model in this process, print JSON")
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options)))
         return
+    case = CASES.get(options.case)
+    if case is not None:
+        options.models = [f"examples/configs/{case.model}/config.json"]
+        options.mesh, options.batch, options.memory = case.mesh, case.batch, case.memory
+        options.local_batch, options.cluster = case.local_batch, case.cluster
     print("| model | export alone | build | trace | plan | print | total | ratio (limit) | peak memory (limit) | gap |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     limits = options.mesh == "8"
@@ -111,9 +144,10 @@ def main() -> None:
         name = Path(model).parent.name
         size = name.rpartition("-")[2]
         times = " | ".join(f"{found[key]:.2f} s" for key in ("export", "build", "trace", "plan", "print", "total"))
-        ratio = f"{found['total'] / found['export']:.2f}×" + (f" (≤ {RATIOS[size]}×)" if limits and size in RATIOS else "")
-        peak = f"{peak_bytes(model, options) / 1e9:.2f} GB"
-        peak += f" (≤ {GIGABYTES[size]} GB)" if limits and size in GIGABYTES else ""
+        most = case.ratio if case is not None else RATIOS.get(size) if limits else None
+        largest = case.gigabytes if case is not None else GIGABYTES.get(size) if limits else None
+        ratio = f"{found['total'] / found['export']:.2f}×" + (f" (≤ {most}×)" if most else "")
+        peak = f"{peak_bytes(model, options) / 1e9:.2f} GB" + (f" (≤ {largest} GB)" if largest else "")
         print(f"| {name} | {times} | {ratio} | {peak} | {100 * found['gap']:.1g} % |", flush=True)
 
 
