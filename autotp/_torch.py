@@ -166,6 +166,10 @@ unwatched = torch._C.DisableTorchFunction
 """A context in which asking tensors for their types is seen by no function mode (and costs a twentieth)."""
 
 
+DispatchMode = TorchDispatchMode
+"""A context whose `__torch_dispatch__` sees every operator inside, as autograd leaves it."""
+
+
 class OperandWatch(TorchDispatchMode):
     """Sees whether operators inside read tensors other than `given` and what is made of them, or draw random numbers."""
 

@@ -147,8 +147,8 @@ def parallelize(
         weights: a checkpoint that parameters and buffers are read from, by their names in `model`: safetensors files (a directory, a
             file, or an index of several), or what `autotp.save` wrote. Each rank reads its own pieces alone. The model may then be on
             `meta`; of a function that builds it, the parameters get no memory.
-        seed: of the function that builds the model, run on the CPU of each rank: the parameters are those of one device with this seed.
-            The whole model is in the rank's memory until the module is made.
+        seed: of the function that builds the model: the parameters are those of one device with this seed. It runs on the CPU of each
+            rank, of large models tensor by tensor.
 
     Returns:
         A trainable module with the names and parameters of `model`, the parameters as DTensors.
@@ -189,7 +189,7 @@ def parallelize(
         lambda: ParallelModule(
             sharded,
             device_mesh,
-            state_values(model, program, stored),
+            state_values(model, program, stored, sharded),
             program.aliases,
             program.persistent,
             device,

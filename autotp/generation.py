@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autotp.api import Mesh, cluster_of
 from autotp.errors import AutotpError
-from autotp.initial import Model, agree_on_values, begin, state_values
+from autotp.initial import Model, Source, agree_on_values, begin, state_values
 from autotp.key_value_cache import NAME, cache_shapes, step_inputs, with_cache
 from autotp.loading import PHASES, Phase
 from autotp.mesh import parse_mesh
@@ -26,7 +26,7 @@ from autotp.ranks import device_mesh_of, facts, mode_of_graph, ranks_of
 from autotp.rewrite import rewrite
 from autotp.runtime.agreement import Group, agree_on, broadcast, once, together
 from autotp.runtime.module import ParallelModule
-from autotp.runtime.weights import StoredTensor, Weights
+from autotp.runtime.weights import StoredTensor
 from autotp.sampling import Sampling, next_tokens
 from autotp.trace import trace
 
@@ -240,7 +240,7 @@ def _plans(programs: Mapping[str, Program], request: Request, cluster: Cluster, 
     return GenerationPlans(make_plan(programs["prefill"], replace(request, rest=rest), cluster, name), decode)
 
 
-def _values(model: nn.Module, program: Program, stored: Weights | None) -> dict[str, Tensor | StoredTensor]:
+def _values(model: nn.Module, program: Program, stored: Source) -> dict[str, Tensor | StoredTensor]:
     """The model's parameters and buffers, and an empty cache that takes no memory: a rank copies its piece."""
     types: dict[Any, Any] = {node.target: node.outputs[0] for node in program.nodes if node.kind == "buffer"}
     caches = [name for name in types if name.startswith(f"{NAME}.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,62 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from autotp import _torch
 from autotp.errors import AutotpError
 from autotp.huggingface_weights import converted
+from autotp.layouts import Coordinate, Layout
 from autotp.program import Program
+from autotp.replay import Recording, record
 from autotp.runtime import checkpoint_files as files
 from autotp.runtime.agreement import Group, agree, members, together
 from autotp.runtime.saved_weights import open_saved
+from autotp.runtime.state import local_part
 from autotp.runtime.weights import StoredTensor, Weights, open_safetensors
+from autotp.sharded import Sharded
+from autotp.trace_watch import kept_generators
 
 Model = nn.Module | Callable[[], nn.Module]
 """A model, or a function that builds it."""
+
+WHOLE = 300_000_000
+"""Parameters up to which a model that is built with a seed is built whole on every rank; that is exact whatever the function does."""
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """An initialiser that runs tensor by tensor when it is known what each rank holds."""
+
+    recording: Recording
+    seed: int
+
+    def parts(self, sharded: Sharded) -> dict[str, LocalTensor]:
+        """This rank's part of every parameter and buffer that the graph has."""
+        layouts = {spec.name: spec.layout for spec in sharded.state}
+
+        def take(name: str, whole: Tensor) -> Tensor:
+            return local_part(whole, layouts[name], sharded.mesh, sharded.coordinate) if name in layouts else whole.new_empty(0)
+
+        found = self.recording.replay(self.seed, take)
+        shapes = {name: place.shape for name, place in self.recording.places.items()}
+        return {name: LocalTensor(shapes[name], part) for name, part in found.items() if name in layouts}
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """A rank's part of a tensor, in the place of one that is stored."""
+
+    shape: tuple[int, ...]
+    part: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the part."""
+        return self.part.dtype
+
+    def local_part(self, layout: Layout, mesh: tuple[int, ...], coordinate: Coordinate, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `StoredTensor`."""
+        return self.part.to(dtype=dtype, device=device)
+
+
+Source = Weights | Seeded | None
+"""What the values of a model come from, if not from itself."""
 
 
 def built(model: Model, *, seed: int | None, deferred: bool) -> nn.Module:
@@ -55,15 +104,29 @@ def built(model: Model, *, seed: int | None, deferred: bool) -> nn.Module:
     return made
 
 
-def begin(model: Model, weights: str | Path | None, seed: int | None, group: Group) -> tuple[nn.Module, Weights | None]:
-    """The model, built if that is asked for, and the checkpoint that it starts from, by its names. Every rank of `group` calls this.
+def begin(model: Model, weights: str | Path | None, seed: int | None, group: Group) -> tuple[nn.Module, Source]:
+    """The model, built if that is asked for, and what its values come from if not from itself. Every rank of `group` calls this.
 
     Raises:
         AutotpError: on every rank: see `built` and `open_weights`.
     """
     stored = open_weights(weights, group)
+    if stored is None and seed is not None and not isinstance(model, nn.Module):
+        seeded = together(lambda: _seeded(model, seed), group)
+        if seeded is not None:
+            return seeded.recording.model, seeded
     made = together(lambda: built(model, seed=seed, deferred=stored is not None), group)
     return made, together(lambda: None if stored is None else converted(stored, made), group)
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> Seeded | None:
+    """A large model that can be initialised tensor by tensor."""
+    if not callable(build):
+        return None
+    with kept_generators():
+        recording = record(build)
+    large = recording is not None and sum(parameter.numel() for parameter in recording.model.parameters()) > WHOLE
+    return Seeded(recording, seed) if recording is not None and large else None
 
 
 def open_weights(path: str | Path | None, group: Group = None) -> Weights | None:
@@ -100,16 +163,22 @@ def _to_meta(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parame
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
-def state_values(model: nn.Module, program: Program, weights: Weights | None = None) -> dict[str, Tensor | StoredTensor]:
+def state_values(
+    model: nn.Module, program: Program, source: Source = None, sharded: Sharded | None = None
+) -> dict[str, Tensor | StoredTensor]:
     """The value of every parameter, buffer and constant of the program, by name, in the model's own order.
 
-    With `weights`, parameters and buffers of the `state_dict` are those of the checkpoint, which are read later, slice by slice.
+    From a checkpoint, parameters and buffers of the `state_dict` are read later, slice by slice. For an initialiser that runs tensor by
+    tensor, `sharded` says what this rank holds.
 
     Raises:
         AutotpError: a value is fake or on `meta` and not in the checkpoint, or has another shape there.
     """
     kinds = {node.target: node.kind for node in program.nodes if node.kind in ("parameter", "buffer")}
-    stored = {} if weights is None else _stored(model, program, weights)
+    weights = source if isinstance(source, Weights) else None
+    stored: dict[str, StoredTensor] = {} if weights is None else _stored(model, program, weights)
+    if isinstance(source, Seeded) and sharded is not None:
+        stored |= source.parts(sharded)
     computed = {} if weights is None else _computed_buffers(model, stored)
     values: dict[str, Tensor | StoredTensor] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -127,13 +196,13 @@ def state_values(model: nn.Module, program: Program, weights: Weights | None = N
     return values
 
 
-def agree_on_values(model: nn.Module, weights: Weights | None, group: Group) -> None:
+def agree_on_values(model: nn.Module, source: Source, group: Group) -> None:
     """Check that every rank starts from the same values.
 
     Raises:
         AutotpError: on every rank, if one does not.
     """
-    digest = together(lambda: values_digest(model, weights), group)
+    digest = together(lambda: values_digest(model, source), group)
     agree(digest, "the model's weights (seed all ranks alike, or load the same checkpoint)", group)
 
 
@@ -141,12 +210,15 @@ SAMPLES = 64
 """Elements of each tensor that a digest reads."""
 
 
-def values_digest(model: nn.Module, weights: Weights | None = None) -> bytes:
+def values_digest(model: nn.Module, source: Source = None) -> bytes:
     """A digest of a few elements of every parameter and buffer: enough to tell models of different seeds or checkpoints apart.
 
-    Of tensors that come from `weights` it has the types there.
+    Of tensors that come from a checkpoint it has the types there, of an initialiser the seed.
     """
+    weights = source if isinstance(source, Weights) else None
     digest = sha256(b"" if weights is None else weights.digest())
+    if isinstance(source, Seeded):
+        digest.update(f"seed {source.seed}".encode())
     from_weights = set() if weights is None else weights.keys_of(model.state_dict().keys()).keys()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

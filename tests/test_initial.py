@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import autotp
+from autotp import initial
 from autotp.errors import AutotpError
 from autotp.initial import built, state_values
 from autotp.runtime.weights import SafeTensor, open_safetensors
@@ -164,8 +166,13 @@ def seeded(folder: str) -> None:
     torch.manual_seed(11)
     wanted = Tied(31).state_dict()
     torch.manual_seed(dist.get_rank())
-    many = autotp.parallelize(lambda: Tied(31), (IDS,), cluster=splitting_pays(), seed=11)
-    equal(many.full_state_dict(), wanted)
+    for largest in (initial.WHOLE, 0):  # built whole, and tensor by tensor
+        initial.WHOLE = largest
+        many = autotp.parallelize(lambda: Tied(31), (IDS,), cluster=splitting_pays(), seed=11)
+        equal(many.full_state_dict(), wanted)
+        torch.testing.assert_close(many(IDS), built(partial(Tied, 31), seed=11, deferred=False)(IDS))
+    with pytest.raises(AutotpError, match=r"the model's weights .* is not the same on every rank"):
+        autotp.parallelize(lambda: Tied(31), (IDS,), cluster=splitting_pays(), seed=dist.get_rank())
     with pytest.raises(AutotpError, match=r"the model's weights .* is not the same on every rank"):
         autotp.parallelize(lambda: Tied(31), (IDS,), cluster=splitting_pays())
     file = autotp.save(f"{folder}/tied", many) / "autotp.pt"
@@ -184,6 +191,10 @@ def seeded(folder: str) -> None:
         autotp.parallelize(lambda: Tied(31), (IDS,), weights=f"{folder}/other.safetensors" if dist.get_rank() else f"{folder}/none")
 
 
+def layers(width: int, depth: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+
+
 def memory(folder: str) -> None:
     """The peak of the whole start, planning included, is the rank's shard and at most a tenth more; files that are mapped count too."""
     file, depth = f"{folder}/large.safetensors", 64
@@ -193,12 +204,21 @@ def memory(folder: str) -> None:
         dist.barrier()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = resident("VmRSS")
-        build: Callable[[], nn.Module] = lambda width=width: nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))  # noqa: E731
+        build = partial(layers, width, depth)
         many = autotp.parallelize(build, (torch.randn(4, width),), cluster=splitting_pays(), weights=file, pins={"*": "column"})
         shard = sum(parameter.to_local().nbytes for parameter in many.parameters())
         assert shard == depth * width * width * 4 // 2
         assert all((parameter.to_local() == layer).all() for layer, parameter in enumerate(many.parameters()))
     assert resident("VmHWM") - before < 1.1 * shard, (before, resident("VmHWM"), shard)
+    del many
+    initial.WHOLE = 0  # an initialiser: the shard, and one tensor
+    for width in (64, 1024):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        build = partial(layers, width, depth)
+        many = autotp.parallelize(build, (torch.randn(4, width),), cluster=splitting_pays(), seed=0, pins={"*": "column"})
+        assert sum(parameter.to_local().nbytes for parameter in many.parameters()) == depth * width * width * 4 // 2
+    assert resident("VmHWM") - before < 1.15 * shard, (before, resident("VmHWM"), shard)
 
 
 def resident(key: str) -> int:
