@@ -114,7 +114,6 @@ class ParallelModule(Container):
         bind(sharded.graph, ProcessComm(device_mesh), self._accumulation)
         self._exact = any(isinstance(child, ExactCall) for child in sharded.graph.modules())
         self._run = plain_function(sharded.graph)
-        self._split = {id(slot.shown): slot.spec.name for slot in self._held if slot.spec.kind == "parameter" and slot.spec.layout.splits}
         self._checked = WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]]()
         self._other, self._twin = other, dict[str, ParallelModule]()
         if not twin:
@@ -198,8 +197,13 @@ class ParallelModule(Container):
         self._accumulation.check(optimizer)
         sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
         if self._checked.get(optimizer) != sizes:
-            check_step(optimizer, self._split, self._device_mesh)
+            check_step(optimizer, self._in_pieces(), self._device_mesh)
             self._checked[optimizer] = sizes
+
+    def _in_pieces(self) -> dict[int, str]:
+        """The names of the parameters of which ranks hold pieces, by `id` of what is registered now: `fully_shard` cuts them all."""
+        held = [(slot, slot.owner.get(slot.key)) for slot in self._held if slot.spec.kind == "parameter"]
+        return {id(now): slot.spec.name for slot, now in held if slot.spec.layout.splits or now is not slot.shown}
 
     def _meet(self, inputs: Sequence[Tensor]) -> None:
         """Before the first exchange for inputs of these sizes: do all ranks call with the same?"""

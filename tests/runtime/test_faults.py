@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import autotp
+import autotp.ranks
 from autotp.errors import AutotpError
 from autotp.runtime.comm import ProcessComm
 from tests.faulty_ranks import Fault, die, hang, mark, survivors
@@ -65,10 +67,10 @@ def differing() -> None:
     wider = nn.Sequential(nn.Linear(20, 30), nn.GELU(), nn.Linear(30, 20)).double()
     refused(r"the model is not the same on every rank: rank 1 has .* of 1,2.. numbers .*rank 0 has", wider if second else one.model)
     refused(r"the model is not .* in eval mode .* in train mode", example("mlp").model.train(not second))
-    version = torch.__version__
-    torch.__version__ = "2.10.1" if second else version  # type: ignore[assignment]
-    refused(r"the version of PyTorch is not the same on every rank: rank 1 has 2.10.1, rank 0 has 2")
-    torch.__version__ = version
+    with patch.object(torch, "__version__", "2.10.1" if second else torch.__version__):
+        refused(r"the version of PyTorch is not the same on every rank: rank 1 has 2.10.1, rank 0 has 2")
+    with patch.object(autotp.ranks, "installed_version", lambda: f"0.{dist.get_rank()}"):
+        refused(r"the version of autotp is not the same on every rank: rank 1 has 0.1, rank 0 has 0.0")
     plans = [autotp.plan(one.model, one.args, mesh=2, pins={"0": how}) for how in ("column", "row")]
     refused(r"the plan is not the same on every rank: rank 1 has [0-9a-f]+, rank 0 has [0-9a-f]+", plan=plans[second])
     refused(r"what is asked for \(mode, memory, pins.*rank 1 has another than rank 0", pins={"0": "column"} if second else None)

@@ -170,7 +170,7 @@ def same_steps(one: nn.Module, many: autotp.ParallelModule, make: Callable[[Any,
 def every_optimizer() -> None:
     one = network()
     many = parallel(one)
-    assert many._split
+    assert many._in_pieces()
     for name, make in ELEMENTWISE.items():
         same_steps(one, many, lambda params, model, make=make: make(params), name)  # type: ignore[misc]
     for name, whole in WHOLE.items():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import autotp
 from autotp.errors import AutotpError
@@ -91,6 +92,8 @@ def sharded_copies() -> None:
     before = many.full_state_dict()
     with pytest.raises(AutotpError, match="load full values before it"):
         many.load_state_dict(before)
+    with pytest.raises(AutotpError, match="Muon looks at whole tensors"):
+        torch.optim.Muon([parameter for parameter in many.parameters() if parameter.ndim == 2]).step()
     saved = {key: value.clone() for key, value in many.state_dict().items()}
     with torch.no_grad():
         for parameter in many.parameters():
@@ -104,6 +107,18 @@ def sharded_copies() -> None:
     fully_shard(parts.model.norm, mesh=whole["dp"])
     with pytest.raises(AutotpError, match="apply it to the parallel module as a whole"):
         parts(**mine.kwargs)
+
+
+def data_parallel_wrapper() -> None:
+    """`DistributedDataParallel` hooks on to parameters that no graph reads: it must not pass for averaging. It never does."""
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    one = full_batch("mlp")
+    many = autotp.parallelize(one.model, one.args, mesh=whole["tp"], check=False)
+    with pytest.raises(NotImplementedError, match="sharding strategy"):
+        DistributedDataParallel(many, process_group=whole.get_group("dp"))
+    wrapped = DistributedDataParallel(many, device_mesh=whole["dp"])
+    with pytest.raises(AutotpError, match="was replaced by another tensor"):
+        wrapped(*one.args)
 
 
 def two_axes_of_three() -> None:
@@ -137,4 +152,4 @@ def all_of(*checks: Any) -> None:
 
 def test_parts_of_a_mesh() -> None:
     """One start of the ranks for all: starting costs more than checking."""
-    run_ranks(all_of, 4, copies, sharded_copies, two_axes_of_three, parts_differ)
+    run_ranks(all_of, 4, copies, sharded_copies, data_parallel_wrapper, two_axes_of_three, parts_differ)
