@@ -27,7 +27,8 @@ def ranks_of(mesh: Any) -> Group:
     """The ranks that take part: those of a `DeviceMesh`, by default all that run. Nothing is exchanged.
 
     Raises:
-        AutotpError: there is no process group, or this rank is not on the mesh.
+        AutotpError: there is no process group, this rank is not on the mesh, or PyTorch's process groups, which sort their ranks, have
+            them in another order than the mesh.
     """
     if not dist.is_initialized():
         raise AutotpError(
@@ -38,6 +39,11 @@ def ranks_of(mesh: Any) -> Group:
         return None
     if mesh.get_coordinate() is None:
         raise AutotpError(f"rank {dist.get_rank()} is not on the device mesh {mesh}: call this on the ranks of the mesh alone")
+    if any(bool((mesh.mesh.diff(dim=axis) < 0).any()) for axis in range(mesh.ndim)):
+        raise AutotpError(
+            f"the device mesh {mesh} does not number its ranks in ascending order along every axis, as PyTorch's process groups do: "
+            "sort them"
+        )
     return None if mesh.size() == dist.get_world_size() else mesh
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import autotp
 from autotp.errors import AutotpError
+from autotp.runtime.agreement import agree, agree_on, broadcast, is_first, share, together
 from tests.models import TOLERANCE, Example, InFloat64, example, splitting_pays
 from tests.ranks import run_ranks
 
@@ -144,6 +145,33 @@ def parts_differ() -> None:
             autotp.parallelize(one.model, one.args, mesh=outside)
 
 
+def agreement_axis_by_axis() -> None:
+    """On a mesh of two axes, numbered otherwise than its ranks, which has no process group of its own."""
+    mesh, rank = DeviceMesh("cpu", [[0, 2], [1, 3]]), dist.get_rank()
+    assert is_first(mesh) == (rank == 0)
+    assert share(f"from {rank}", mesh) == "from 0"
+    number = torch.tensor(rank + 3)
+    broadcast(number, mesh)
+    assert number == 3
+    agree("same", "the plan", mesh)
+    with pytest.raises(AutotpError, match="the plan is not the same on every rank: ranks 2, 1 have another than rank 0"):
+        agree("other" if rank in (1, 2) else "same", "the plan", mesh)
+    with pytest.raises(AutotpError, match="width is not the same on every rank: rank 1 has 5, rank 2 has 4"):
+        agree_on({"depth": "2" if rank else None, "width": {0: None, 2: "4"}.get(rank, "5")}, mesh)
+
+    def fails_on_2() -> int:
+        if rank == 2:
+            raise ValueError("no")
+        return rank
+
+    with pytest.raises(AutotpError, match=r"ValueError: no \(on rank 2\)"):
+        together(fails_on_2, mesh)
+    assert together(lambda: rank, mesh) == rank
+    one = full_batch("mlp")
+    with pytest.raises(AutotpError, match="in ascending order"):
+        autotp.parallelize(one.model, one.args, mesh=DeviceMesh("cpu", [[0, 1], [3, 2]]))
+
+
 def all_of(*checks: Any) -> None:
     with InFloat64():
         for check in checks:
@@ -152,4 +180,4 @@ def all_of(*checks: Any) -> None:
 
 def test_parts_of_a_mesh() -> None:
     """One start of the ranks for all: starting costs more than checking."""
-    run_ranks(all_of, 4, copies, sharded_copies, data_parallel_wrapper, two_axes_of_three, parts_differ)
+    run_ranks(all_of, 4, agreement_axis_by_axis, copies, sharded_copies, data_parallel_wrapper, two_axes_of_three, parts_differ)
