@@ -10,12 +10,13 @@ import pytest
 
 from autotp.overlap import hideable
 from autotp.planning import Request, make_plan, pose
+from autotp.presolve import presolve
 from autotp.price.cluster import load_cluster
-from autotp.problem import Overlap, Problem, conversions_of, seconds_of, sides_of
+from autotp.problem import Overlap, Problem, conversions_of, fits, seconds_of, sides_of
 from autotp.solve import solve
 from autotp.trace import trace
 from tests.models import example
-from tests.test_solve import every_choice, random_problem
+from tests.test_solve import every_choice, least_bytes, random_problem
 
 
 def with_overlaps(seed: int, limit: float | None = None) -> Problem:
@@ -41,6 +42,19 @@ def test_the_optimum_is_that_of_all_choices(seed: int, solver: str | None) -> No
     best = min(seconds_of(problem, chosen) for chosen in every_choice(problem))
     assert found.seconds == pytest.approx(best, rel=2e-5)
     assert found.seconds * (1 - found.gap) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_optimum_within_a_limit(seed: int) -> None:
+    """Prices per byte and shares are searched together: the bound holds, and the plan is the best that fits."""
+    free = with_overlaps(seed)
+    sizes = sorted(least_bytes(free, chosen) for chosen in every_choice(free))
+    problem = replace(free, limit=sizes[len(sizes) // 8] * 1.01)
+    best = min(seconds_of(problem, chosen) for chosen in every_choice(problem) if fits(problem, chosen))
+    known = presolve(problem, 1e-6, 30.0)
+    assert known.bound <= best * (1 + 1e-9)
+    assert known.chosen is None or fits(problem, known.chosen)
+    assert solve(problem, gap=1e-6).seconds == pytest.approx(best, rel=2e-5)
 
 
 def test_the_shorter_of_both_is_hidden() -> None:
