@@ -16,6 +16,18 @@ import pulp
 
 from autotp.problem import Overlap, Problem, Saved
 
+
+def _forget_tracebacks(solver: type[pulp.LpSolver]) -> None:
+    """PuLP keeps why a solver is not installed: with the traceback, the frames of whoever imported it first, and a model in them."""
+    for kind in solver.__subclasses__():
+        error = vars(kind).get("err")
+        if isinstance(error, BaseException):
+            error.__traceback__ = None
+        _forget_tracebacks(kind)
+
+
+_forget_tracebacks(pulp.LpSolver)
+
 MICROSECONDS = 1e6
 """The objective is scaled so that solver tolerances are far below any price."""
 

@@ -123,3 +123,21 @@ def test_files_and_models_that_the_documents_name_exist() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
         for path in re.findall(r"\b(?:examples|tests|docs)/[\w./-]*\w", text):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_who_uses_the_package_first_keeps_no_model_alive() -> None:
+    """Not by the traceback of a failed import somewhere, whose frames hold what they were called with."""
+    code = """
+import gc, weakref, torch, autotp
+
+def first_use():
+    model = torch.nn.Linear(4, 4)
+    autotp.plan(model, (torch.zeros(2, 4),), mesh=2)
+    return weakref.ref(model)
+
+kept = first_use()
+gc.collect()
+assert kept() is None, gc.get_referrers(kept())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
