@@ -24,6 +24,8 @@ NEAR = 0.02
 """Prices per byte that differ by less than this part, and shares that differ by a tenth of it, are not tried both."""
 CUTS = 50
 """Tangents at most in a search for the highest point."""
+LARGEST = 1e9
+"""Of the coefficients there, with a step as 1: solvers take no numbers as large as prices become where no plan keeps the limit."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def highest(lines: Iterable[Line], start: Multipliers, dearest: float) -> tuple[
     """
     lines = list(lines)
     unit = 1 / (max(one.seconds for one in lines) or 1.0)
+    bytes_at_most = max(abs(one.beyond) + float(one.sizes.sum()) for one in lines)
+    dearest = min(dearest, LARGEST / (unit * max(bytes_at_most, 1.0)))
     program, engine = pulp.LpProblem("prices", pulp.LpMaximize), engine_of(None, 10.0, 0.0)[0]
     top = pulp.LpVariable("top")
     prices = [pulp.LpVariable("per_byte", 0, 1), *(pulp.LpVariable(f"share{number}", 0, 1) for number in range(len(start.shares)))]

@@ -62,3 +62,11 @@ def test_a_share_pays_for_one_side_and_the_rest_for_the_other() -> None:
     assert [one.at(Multipliers(0.0, (share,))) for share in (0.0, 0.5, 1.0)] == [7.0, 6.5, 6.0]
     assert one.at(Multipliers(0.5, (0.0,))) == 6.0
     assert one.slope(Multipliers(0.5, (0.0,))).tolist() == [-2.0, -1.0]
+
+
+def test_a_price_beyond_all_measure_breaks_no_solver() -> None:
+    """Where no plan keeps the limit the price per byte grows without end; solvers refuse rows with such numbers."""
+    none = numpy.zeros(0)
+    lines = [Line((number,), 260.0 + number, 4e3, numpy.array([80.0]), numpy.array([numpy.inf]), none, none) for number in range(2)]
+    point, top = highest(lines, Multipliers(1e13, ()), 1e14)
+    assert top > 1e6 * lines[0].seconds and numpy.isfinite(point.per_byte)

@@ -7,10 +7,12 @@ larger `DeviceMesh` needs no process group of its own.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -133,6 +135,25 @@ def together(step: Callable[[], T], group: Group = None) -> T:
 def is_first(group: Group = None) -> bool:
     """Whether this is the first rank of the group, which plans; also where there is no process group."""
     return not dist.is_initialized() or all(dist.get_rank(axis) == 0 for axis in _axes(group))
+
+
+@contextmanager
+def exchanging(who: str) -> Iterator[None]:
+    """Say in a sentence what a backend says of an exchange that failed.
+
+    Raises:
+        AutotpError: in the place of the backend's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise AutotpError(
+            f"an exchange between {who} failed, as one of them has died, hangs or does something else: look for the first "
+            f"error among their outputs, and start again from the last checkpoint ({said})"
+        ) from error
 
 
 def _axes(group: Group) -> list[dist.ProcessGroup | None]:

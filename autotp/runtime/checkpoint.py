@@ -8,6 +8,7 @@ list of digests.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -68,10 +69,11 @@ def save(
     """
     work = Joint(f"saving to {path}", group, ending=lambda: _kept(path))
     with work.sentences():
-        tensors, plain = work.each(lambda: _state_of(module, optimizer, keep))
+        _check_same(work, path)
+        tensors, plain = work.each(lambda: _state_of(module, optimizer, keep, extra))
         aside = work.first(lambda: files.begin(path))
         try:
-            plain |= {"random": work.gather(random_state(module)), "extra": extra}
+            plain |= {"random": work.gather(random_state(module))}
             planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             with _quiet():
                 writer = FileSystemWriter(aside)
@@ -127,7 +129,17 @@ def load(
 # ---- the state of a module and an optimizer -------------------------------------------------------------------------
 
 
-def _state_of(module: nn.Module, optimizer: Optimizer | None, keep: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _check_same(work: Joint, path: str | Path) -> None:
+    """All ranks name one folder: each would else write a part of a checkpoint into another, and none be whole."""
+    paths = work.gather(str(Path(path).absolute()))
+    for rank, other in enumerate(paths):
+        if other != paths[0]:
+            raise AutotpError(f"rank {rank} saves to {other} and rank 0 to {paths[0]}; give all ranks the same folder")
+
+
+def _state_of(
+    module: nn.Module, optimizer: Optimizer | None, keep: int, extra: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is saved: tensors by name, each tied one once, and everything else."""
     if not isinstance(keep, int) or keep < 1:
         raise AutotpError(f"keep is {keep!r}; give the number of checkpoints that stay, at least 1")
@@ -136,7 +148,11 @@ def _state_of(module: nn.Module, optimizer: Optimizer | None, keep: int) -> tupl
     tensors = {PREFIX + name: value for name, value in state.items() if name in first}
     others = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     states, packed = ({}, None) if optimizer is None else optimizer_state.pack(optimizer, module)
-    return {**tensors, **states}, {"others": others, "optimizer": packed}
+    try:
+        pickle.dumps(extra)
+    except Exception as error:
+        raise AutotpError(f"extra cannot be pickled ({error}); give plain values, such as a step and a scheduler's state_dict()") from error
+    return {**tensors, **states}, {"others": others, "optimizer": packed, "extra": extra}
 
 
 def _ties(module: nn.Module) -> list[list[str]]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autotp import _torch
-from autotp.errors import AutotpError
 from autotp.layouts import COLLECTIVES
+from autotp.runtime.agreement import exchanging
 from autotp.runtime.primitives import AllToAll, Primitive
 
 Steps = tuple[Primitive, ...]
@@ -59,7 +59,7 @@ class ProcessComm:
         groups = [device_mesh.get_group(axis) for axis in range(device_mesh.ndim)]
         self.groups = tuple(group.group_name for group in groups)
         ranks = device_mesh.mesh.flatten().tolist()
-        self.ranks = f"ranks {', '.join(map(str, ranks))}" if len(ranks) <= 16 else f"{len(ranks)} ranks of {device_mesh}"
+        self.ranks = f"the ranks {', '.join(map(str, ranks))}" if len(ranks) <= 16 else f"the {len(ranks)} ranks of {device_mesh}"
 
     def all_reduce(self, x: Tensor, axis: int, op: Literal["sum", "max"]) -> Tensor:
         return self._plain(_torch.all_reduce, x, op, self.groups[axis])
@@ -92,16 +92,8 @@ class ProcessComm:
         if torch.compiler.is_compiling():
             result: Tensor = operator(x, *args)
             return result
-        try:
-            with _torch.below_autograd():
-                result = operator(x, *args)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise AutotpError(
-                f"an exchange between the {self.ranks} failed, as one of them has died, hangs or does something else: look for the first "
-                f"error among their outputs, and start again from the last checkpoint ({_first_line(error)})"
-            ) from error
+        with exchanging(self.ranks), _torch.below_autograd():
+            result = operator(x, *args)
         return result
 
 
@@ -116,10 +108,6 @@ def _carrier(x: Tensor) -> Tensor:
 
 def _uncarry(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(x) if dtype.is_complex else x.view(dtype)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 # ---- primitives over exchanges --------------------------------------------------------------------------------------

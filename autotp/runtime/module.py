@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from autotp._torch import dtensor_wrapper, gradient_hooks, local_of, tree_unflatten
 from autotp.errors import AutotpError
 from autotp.runtime.accumulation import Accumulation
-from autotp.runtime.agreement import agree_on
+from autotp.runtime.agreement import agree_on, exchanging
 from autotp.runtime.arguments import Arguments
 from autotp.runtime.collectives import bind
 from autotp.runtime.comm import ProcessComm
@@ -212,7 +212,8 @@ class ParallelModule(Container):
             return
         names = [spec.name for spec in self._sharded.inputs]
         said = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(names, sizes, strict=True))
-        agree_on({"the input of this call": said}, self._device_mesh)
+        with exchanging("the ranks of the module"):
+            agree_on({"the input of this call": said}, self._device_mesh)
         self._met.add(sizes)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -262,6 +263,17 @@ class ParallelModule(Container):
         if self._other is not None and self.random_state().keys() != state.keys():
             self._in_other_mode(self._other)
         set_random_state([self._sharded.graph, *(twin._sharded.graph for twin in self._twin.values())], self._device, state)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: the process groups of a mesh cannot be.
+
+        Raises:
+            AutotpError: always.
+        """
+        raise AutotpError(
+            "a parallel module cannot be pickled, as its exchanges belong to this process; save it with autotp.save(), or save its "
+            "state_dict(), or full_state_dict() for one device"
+        )
 
     def extra_repr(self) -> str:
         """The mesh, this rank's place on it, and the state held at the top level."""

@@ -54,7 +54,7 @@ def pack(optimizer: Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], di
     ]
     rest = {key: value for key, value in packed.items() if key not in ("state", "param_groups")}
     common = {key: value for key, value in packed["state"].items() if key not in names}
-    return tensors, {"groups": groups, "keys": keys, "values": values, "rest": rest, "common": common}
+    return tensors, {"kind": _kind(optimizer), "groups": groups, "keys": keys, "values": values, "rest": rest, "common": common}
 
 
 def targets(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def targets(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any], s
     `plain` is what `pack` gave; `saved` the type of every tensor in the checkpoint.
 
     Raises:
-        AutotpError: the saved groups of parameters are not those of `optimizer`.
+        AutotpError: it was another class of optimizer, or its groups of parameters are not those of `optimizer`.
     """
     _check_groups(optimizer, module, plain)
     parameters, specs = dict(module.named_parameters()), specs_of(module)
@@ -126,7 +126,14 @@ def _sharded(value: DTensor, name: str, key: str, parameter: nn.Parameter, specs
     )
 
 
+def _kind(optimizer: Optimizer) -> str:
+    """The name of its class; of one that gathers, of the class that steps."""
+    return type(optimizer.inner if isinstance(optimizer, BesideOptimizer) else optimizer).__qualname__
+
+
 def _check_groups(optimizer: Optimizer, module: nn.Module, plain: Mapping[str, Any]) -> None:
+    if plain["kind"] != _kind(optimizer):
+        raise AutotpError(f"the saved optimizer is {plain['kind']}, this one is {_kind(optimizer)}; load it into one of the same class")
     names = _names(optimizer, module)
     saved = [set(group["names"]) for group in plain["groups"]]
     groups = [{names[number] for number in group["params"]} for group in optimizer.state_dict()["param_groups"]]

@@ -107,6 +107,11 @@ class BesideOptimizer(Optimizer):
         self.defaults = self._inner.defaults
         self._release()
 
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer that steps."""
+        return self._inner
+
     @overload
     def step(self, closure: None = None) -> None: ...
 

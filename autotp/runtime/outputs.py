@@ -108,13 +108,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
         A plain scalar in the dtype of `logits`, computed in float32 at least.
 
     Raises:
-        AutotpError: logits are partial, shapes do not fit, or the reduction is another.
+        AutotpError: logits are partial, shapes or dtypes do not fit, or the reduction is another.
+        RuntimeError: a label is out of bounds.
     """
     if reduction not in ("mean", "sum"):
         raise AutotpError(f"reduction is {reduction!r}; give 'mean' or 'sum'")
     if tuple(labels.shape) != tuple(logits.shape[:-1]):
         shapes = f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}"
         raise AutotpError(f"{shapes}; give a label for each row")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise AutotpError(f"labels are {labels.dtype}; give class numbers as int64")
     if not isinstance(logits, DTensor):
         loss: Tensor = torch.nn.functional.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction=reduction
@@ -129,7 +132,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
     rows = Layout(kinds, tuple(split for split in layout.splits if split.dim != last))
     mine = _labels_of(labels, rows, mesh)
     counts = mine != ignore_index
-    _torch.assert_all(((mine >= 0) & (mine < vocabulary)) | ~counts, "a label is out of bounds")
+    known = (mine >= 0) & (mine < vocabulary)
+    _torch.assert_all(known | ~counts, f"a label is out of bounds: neither below {vocabulary} nor {ignore_index}")
     across = tuple(columns.axes) if columns else ()
     along = tuple(axis for axis, kind in enumerate(rows.kinds) if kind == "S")
 

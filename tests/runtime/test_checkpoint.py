@@ -295,6 +295,13 @@ def refusals(folder: str) -> None:
         autotp.load(path, module, torch.optim.AdamW(trained))
     with pytest.raises(AutotpError, match=r"is in parameter group 0 of .* alone"):
         autotp.load(path, module, torch.optim.AdamW([{"params": trained[:2]}, {"params": trained[2:]}]))
+    other = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(AutotpError, match="the saved optimizer is AdamW, this one is SGD"):
+        autotp.load(path, module, other)
+    with pytest.raises(AutotpError, match=r"rank 1 saves to .*elsewhere1 and rank 0 to .*elsewhere0; give all ranks the same folder"):
+        autotp.save(Path(path).with_name(f"elsewhere{dist.get_rank()}"), module)
+    with pytest.raises(AutotpError, match="extra cannot be pickled"):
+        autotp.save(path, module, extra=lambda: 1)
 
 
 def damaged(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,8 @@ def test_a_copy_is_independent(mesh: DeviceMesh) -> None:
     module = parallel(make_model(), mesh)
     module.scale.requires_grad_(False)
     copied = copy.deepcopy(module)
+    with pytest.raises(AutotpError, match="a parallel module cannot be pickled"):
+        pickle.dumps(module)
     with torch.no_grad():
         module.mlp.up.weight.zero_()
     assert not copied.scale.requires_grad
