@@ -23,6 +23,8 @@ from tests.zoo.catalogue import case_of
 from tests.zoo.test_zoo_sample import AT_THREE, AT_TWO
 
 DEPTH = {"gpt2": "n_layer"}
+FAST = ("gpt2", "llama", "gemma2", "bert")
+"""The others differ from these in little, and each takes seconds."""
 SQUARE = {"dp": 2, "tp": 2}
 
 
@@ -57,7 +59,7 @@ def under_all(program: Program, axes: dict[str, int], cluster: str) -> None:
         holds(program, replace(free, overlap=overlap, memory=limit), cluster)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CONFIGS])
 def test_a_claim_is_its_recount(name: str) -> None:
     made = example(name, **{DEPTH.get(name, "num_hidden_layers"): 3})
     under_all(trace(made.model, made.args, made.kwargs, dynamic=False), SQUARE, "derecho")
